@@ -1,0 +1,109 @@
+"""Sampling of sparse feature vectors from named distributions, the same samples on every device.
+
+A present feature's value is U(0, 1); one random word serves both decisions where presence is a feature's own
+(present iff u < p, value u/p). Streams ``stream`` (features) and ``stream + 1`` (structure: clusters, groups, subsets) are used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.kernels._extras import numba_twin
+from moesaic.kernels.philox import philox_uniform
+
+INDEPENDENT, CORRELATED, ANTICORRELATED, CLUSTERED, EXACTLY_K = range(5)
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """Distributions of S stacked models over n features.
+
+    Attributes:
+        kind: (S,) int64, one of ``INDEPENDENT``, ``CORRELATED``, ``ANTICORRELATED``, ``CLUSTERED``, ``EXACTLY_K``.
+        probability: (S, n) float32, p of each feature (inside the active cluster for ``CLUSTERED``; constant within a group).
+        size: (S,) int64, features per group or cluster, or the number of active features; unused for ``INDEPENDENT``.
+    """
+
+    kind: Tensor
+    probability: Tensor
+    size: Tensor
+
+    def __post_init__(self) -> None:
+        s, n = self.probability.shape
+        if self.kind.shape != (s,) or self.size.shape != (s,):
+            raise ValueError(f"kind, size: take shape ({s},), got {tuple(self.kind.shape)} and {tuple(self.size.shape)}")
+        if s and not bool(((self.probability > 0) & (self.probability <= 1)).all()):
+            raise ValueError("probability: takes numbers in (0, 1]")
+        structured = self.kind != INDEPENDENT
+        grouped = structured & (self.kind != EXACTLY_K)
+        if bool((structured & ((self.size < 1) | (self.size > n))).any()) or bool((grouped & (n % self.size.clamp(min=1) != 0)).any()):
+            raise ValueError(f"size={self.size.tolist()}: takes divisors of n={n} (for exactly-k data, 1 to n)")
+
+    def numpy(self) -> tuple[Any, Any, Any]:
+        """Return kind, probability and size as NumPy arrays."""
+        return self.kind.cpu().numpy(), self.probability.cpu().numpy(), self.size.cpu().numpy()
+
+
+def sample_features(table: FeatureTable, batch_size: int, *, seeds: Tensor, step: int = 0, stream: int = 0) -> Tensor:
+    """Draw x (S, B, n) float32: model s's batch is a pure function of (seeds[s], step, stream).
+
+    Args:
+        table: the distributions.
+        batch_size: B, samples per model.
+        seeds: (S,) int64 keys; its device is the result's.
+        step: training step, below 2³².
+        stream: an even number below 2³² − 1: 0 for training samples, 2 for held-out samples.
+
+    Raises:
+        ValueError: for shapes that do not match.
+    """
+    if seeds.shape != table.kind.shape:
+        raise ValueError(f"seeds: takes shape {tuple(table.kind.shape)}, one per model of the table, got {tuple(seeds.shape)}")
+    if seeds.device.type == "cpu":
+        out = torch.empty(seeds.shape[0], batch_size, table.probability.shape[1], dtype=torch.float32)
+        kind, probability, size = table.numpy()
+        numba_twin("toy_cpu").sample_dense(kind, seeds.numpy().view("uint64"), step, stream, probability, size, out.numpy())
+        return out
+    return sample_features_reference(table, batch_size, seeds=seeds, step=step, stream=stream)
+
+
+def sample_features_reference(table: FeatureTable, batch_size: int, *, seeds: Tensor, step: int = 0, stream: int = 0) -> Tensor:
+    """Compute ``sample_features`` in plain PyTorch on any device."""
+    n = table.probability.shape[1]
+    return torch.stack([
+        _sample_one(int(kind), p, int(size), batch_size, n, seeds[s : s + 1], step, stream)
+        for s, (kind, p, size) in enumerate(zip(table.kind, table.probability.to(seeds.device), table.size, strict=True))
+    ])  # fmt: skip
+
+
+def _sample_one(kind: int, p: Tensor, size: int, batch: int, n: int, seed: Tensor, step: int, stream: int) -> Tensor:
+    u = philox_uniform(seed, batch, n, step=step, stream=stream)[0]
+    zero = torch.zeros((), device=u.device)
+    if kind == INDEPENDENT:
+        return torch.where(u < p, u / p, zero)
+    words = {CLUSTERED: 1, EXACTLY_K: size}.get(kind, n // size)
+    v = philox_uniform(seed, batch, words, step=step, stream=stream + 1)[0]
+    if kind == CLUSTERED:
+        cluster = (v * (n // size)).long().clamp(max=n // size - 1)
+        inside = torch.arange(n, device=u.device) // size == cluster
+        return torch.where(inside & (u < p), u / p, zero)
+    if kind == EXACTLY_K:
+        order = torch.arange(n, device=u.device).repeat(batch, 1)
+        for j in range(size):
+            other = j + (v[:, j : j + 1] * (n - j)).long().clamp(max=n - j - 1)
+            chosen = order.gather(1, other)
+            order.scatter_(1, other, order[:, j : j + 1].clone())
+            order[:, j : j + 1] = chosen
+        x = torch.zeros_like(u)
+        return x.scatter(1, order[:, :size], u.gather(1, order[:, :size]))
+    first = p[::size]
+    if kind == CORRELATED:
+        return torch.where((v < first).repeat_interleave(size, 1), u, zero)
+    total = first * size
+    member = (v / total * size).long().clamp(max=size - 1).repeat_interleave(size, 1)
+    present = (v < total).repeat_interleave(size, 1) & (member == torch.arange(n, device=u.device) % size)
+    return torch.where(present, u, zero)

@@ -1,0 +1,68 @@
+"""Initial values of toy models, by the named parametrisations of ``ToyConfig``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moesaic.moe.config import ToyConfig
+
+# Standard deviations (weight, bias, router) as functions of n, m, E.
+_STD = {
+    "paper": lambda n, m, e: ((2 / ((n + e) * m)) ** 0.5, (2 / (n + e)) ** 0.5, (2 / (n + e)) ** 0.5),
+    "tms": lambda n, m, e: ((2 / (n + m)) ** 0.5, 0.0, (2 / (n + e)) ** 0.5),
+    "large_n": lambda n, m, e: (m**-0.5, 0.0, m**-0.5),
+    "small": lambda n, m, e: (0.03, 0.0, 0.03),
+}
+_SECTIONS = ("weight", "bias", "router", "shared_weight", "shared_bias", "permutation")
+
+
+def _generator(seed: int, section: str) -> np.random.Generator:
+    # One counter range per tensor, so that adding a shared expert does not change the routed ones.
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, 1 + _SECTIONS.index(section)]))
+
+
+def _normal(seed: int, section: str, std: float, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy((std * _generator(seed, section).standard_normal(shape)).astype(np.float32))
+
+
+def initial_router(config: ToyConfig, seed: int, n_clusters: int = 0) -> Tensor:
+    """Return the router (E, n): the oracle's, a named one, or normal values."""
+    n, e = config.n_features, config.n_experts
+    if config.gate == "oracle":
+        clusters = n_clusters or n
+        owner = torch.arange(n) // (n // clusters) * e // clusters
+        return (owner == torch.arange(e)[:, None]).to(torch.float32)
+    if config.router_init == "k_hot":
+        shuffled = torch.from_numpy(_generator(seed, "permutation").permutation(n))
+        router = torch.zeros(e, n)
+        router[torch.arange(n) * e // n, shuffled] = 1.0
+        return router
+    if config.router_init == "diagonal":
+        return torch.eye(e, n)
+    return _normal(seed, "router", _STD[config.parametrization](n, config.n_hidden, e)[2], (e, n))
+
+
+def initial_parameters(configs: Sequence[ToyConfig], seeds: Sequence[int], n_clusters: Sequence[int]) -> dict[str, Tensor]:
+    """Return the stacked initial values (S, …) of models that share n, m, E, m_0 and tied, by section name."""
+    stacks: dict[str, list[Tensor]] = {}
+    for config, seed, clusters in zip(configs, seeds, n_clusters, strict=True):
+        n, m, e, m0 = config.n_features, config.n_hidden, config.n_experts, config.shared_hidden
+        weight_std, bias_std, _ = _STD[config.parametrization](n, m, e)
+        values = {"weight": _normal(seed, "weight", weight_std, (e, n, m))}
+        if not config.tied:
+            values["decoder"] = values["weight"].clone()
+        values["bias"] = _normal(seed, "bias", bias_std, (e, n))
+        values["router"] = initial_router(config, seed, clusters)
+        if m0:
+            shared_weight_std, shared_bias_std, _ = _STD[config.parametrization](n, m0, e)
+            values["shared_weight"] = _normal(seed, "shared_weight", shared_weight_std, (n, m0))
+            if not config.tied:
+                values["shared_decoder"] = values["shared_weight"].clone()
+            values["shared_bias"] = _normal(seed, "shared_bias", shared_bias_std, (n,))
+        for name, value in values.items():
+            stacks.setdefault(name, []).append(value)
+    return {name: torch.stack(stack) for name, stack in stacks.items()}
