@@ -13,6 +13,8 @@ INDEPENDENT, CORRELATED, ANTICORRELATED, CLUSTERED, EXACTLY_K = range(5)
 
 _LANES = 16
 # Reassociation and contraction let LLVM use SIMD; NaN and infinity keep their meaning, so a diverged run is seen.
+# A loop that sums must not also store: LLVM would choose between a SIMD and a scalar version by the arrays' addresses, and the
+# sum's bits with it.
 _MATH = {"contract", "reassoc", "nsz"}
 
 # The generator is Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11): multipliers, then Weyl key increments.
@@ -226,6 +228,7 @@ def _route(x, router, gate, scores, probs, weights, ids):
     total = np.float32(0.0)
     for e in range(n_experts):
         probs[e] = np.exp(scores[e] - top)
+    for e in range(n_experts):
         total += probs[e]
     for e in range(n_experts):
         probs[e] /= total
@@ -415,11 +418,12 @@ def _train_model(
                 w = weights[b, j]
                 for i in range(padded):
                     out[i] += w * y[j, i]
+            for i in range(padded):
+                out[i] -= row[i]
+                residual[i] = np.float32(2.0) * scale * importance_row[i] * out[i]
             total = np.float32(0.0)
             for i in range(padded):
-                r = out[i] - row[i]
-                total += importance_row[i] * r * r
-                residual[i] = np.float32(2.0) * scale * importance_row[i] * r
+                total += importance_row[i] * out[i] * out[i]
             loss += total
             for j in range(k):
                 e = ids[b, j]

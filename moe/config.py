@@ -231,12 +231,8 @@ class Run:
 
     def flat(self) -> dict[str, Any]:
         """Return every field of the three configurations, and the seed, as one flat dict."""
-        return {
-            **dataclasses.asdict(self.toy),
-            **dataclasses.asdict(self.features),
-            **dataclasses.asdict(self.training),
-            "seed": self.seed,
-        }
+        values = {**vars(self.toy), **vars(self.features), **vars(self.training), "seed": self.seed}
+        return {name: _typed(name, value, _KNOWN[name]) for name, value in values.items()}
 
     @staticmethod
     def from_flat(values: Mapping[str, Any]) -> Run:
@@ -245,12 +241,11 @@ class Run:
         Raises:
             ValueError: for an unknown key, a value of the wrong type or out of range, naming key, value and what is allowed.
         """
-        known = {name: kind for part in _PARTS.values() for name, kind in part.items()} | {"seed": int}
         checked = {}
         for key, value in values.items():
-            if key not in known:
-                raise ValueError(f"unknown key {key!r} (= {value!r}): takes {', '.join(sorted(known))}")
-            checked[key] = _typed(key, value, known[key])
+            if key not in _KNOWN:
+                raise ValueError(f"unknown key {key!r} (= {value!r}): takes {', '.join(sorted(_KNOWN))}")
+            checked[key] = _typed(key, value, _KNOWN[key])
         parts = {
             kind: kind(**{name: checked[name] for name in names if name in checked}) for kind, names in _PARTS.items()
         }
@@ -276,6 +271,7 @@ _KINDS = {"int": int, "float": float, "str": str, "bool": bool}
 _PARTS: dict[type, dict[str, type]] = {
     kind: {f.name: _KINDS[str(f.type)] for f in dataclasses.fields(kind)} for kind in (ToyConfig, FeatureConfig, TrainConfig)
 }
+_KNOWN: dict[str, type] = {name: kind for part in _PARTS.values() for name, kind in part.items()} | {"seed": int}
 
 
 def _typed(key: str, value: Any, kind: type) -> Any:

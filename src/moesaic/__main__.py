@@ -14,13 +14,12 @@ def main() -> None:
         if error.name != "tyro":
             raise
         message = 'the command line needs tyro: pip install "moesaic[bench]"'
-        print(json.dumps({"error": message}) if "--json" in sys.argv else message, file=_stream())
+        if "--json" in sys.argv:
+            print(json.dumps({"error": message}))
+        else:
+            print(message, file=sys.stderr)
         sys.exit(2)
     sys.exit(run(sys.argv[1:]))
-
-
-def _stream() -> object:
-    return sys.stdout if "--json" in sys.argv else sys.stderr
 
 
 if __name__ == "__main__":

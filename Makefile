@@ -1,0 +1,71 @@
+# Two commands for a fresh clone, `make demo` and `make test`: each makes .venv from PYTHON first, with the exact versions
+# of constraints.txt, and installs nothing when that has been done. `make help` lists the rest.
+
+PYTHON ?= python3
+OUT ?= runs/tradeoff
+PIP_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt $(PIP_ARGS)
+METADATA := pyproject.toml constraints.txt src/moesaic/_version.py
+
+# The checkout's kernels/ must never be found as Hugging Face's package of that name.
+export PYTHONSAFEPATH := 1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint types unit test-huggingface format clean
+
+help: ## list these targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: $(VENV)/.bench ## sweep dense against sparse on this machine, into OUT; run again, it reuses the finished runs
+	$(BIN)/moesaic sweep tradeoff --out $(OUT) --resume
+
+test: lint types unit ## everything that must be green
+
+lint: $(VENV)/.dev ## ruff: rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.dev ## mypy --strict on the four packages and the tests
+	$(BIN)/mypy
+
+unit: $(VENV)/.dev ## pytest, more than 90 % of the lines of kernels, moe and metrics covered
+	$(BIN)/pytest --cov --cov-fail-under=90
+
+test-huggingface: $(VENV)/.huggingface ## what needs transformers and its neighbour `kernels`, installed for it (about 200 MB)
+	$(BIN)/pytest tests/test_packaging.py tests/moe/test_hf.py -k "huggingface or test_hf" -rs
+
+format: $(VENV)/.dev ## let ruff fix and format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove .venv, caches, builds and the demo's runs
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage runs/tradeoff
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# setuptools comes first and pinned, because an isolated build would fetch its newest.
+$(VENV)/.bench: $(VENV)/.created $(METADATA)
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation -e '.[bench]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.created $(METADATA)
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation -e '.[bench,dev]'
+	@touch $(VENV)/.bench $@
+
+$(VENV)/.huggingface: $(VENV)/.dev
+	$(PIP) --no-build-isolation -e '.[transformers]' kernels
+	@touch $@
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'moesaic needs Python 3.11 or newer, and $(PYTHON) is: '"$$($(PYTHON) -V 2>&1)"; \
+	  echo 'Name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11'; exit 1; } >&2
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo '$(PYTHON) cannot make virtual environments; on Debian and Ubuntu, install the package python3-venv.'; exit 1; } >&2
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@

@@ -1,0 +1,124 @@
+"""What this machine can do: hardware, versions, which implementation of each op runs and why, energy meters, disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from moesaic.bench import environment
+
+TORCH_OPS = ("route_topk", "group_by_expert", "grouped_matmul", "expert_mlp")
+"""Ops whose only implementation so far is PyTorch, on every device."""
+BACKENDS = ("triton", "cpu")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What runs an op here, and why that."""
+
+    op: str
+    runs: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Meter:
+    """What fills a joule column of the rows; without a meter the column is null."""
+
+    column: str
+    meter: str | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` finds; by extra, ``missing`` names modules and ``install`` the command that brings them."""
+
+    device: str
+    machine: dict[str, object]
+    versions: dict[str, str | None]
+    git_commit: str | None
+    free_disk_bytes: int
+    backend_variable: str | None
+    triton_interpret: bool
+    ops: list[Backend]
+    energy: list[Meter]
+    missing: dict[str, list[str]]
+    install: dict[str, str]
+
+    def __str__(self) -> str:
+        gpus, memory = self.machine["gpus"], self.machine["memory_bytes"]
+        installed = ", ".join(f"{name} {version or 'missing'}" for name, version in self.versions.items())
+        head = {
+            "device": self.device + (f" ({', '.join(gpus)})" if isinstance(gpus, list) and gpus else ""),
+            "cpu": f"{self.machine['cpu']}, {self.machine['cores']} cores",
+            "torch threads": str(self.machine["torch_threads"]),
+            "memory": f"{memory / 2**30:.1f} GiB" if isinstance(memory, int) else "unknown",
+            "free disk": f"{self.free_disk_bytes / 2**30:.1f} GiB in this folder",
+            "versions": installed,
+            "commit": self.git_commit or "none: not running from a checkout",
+            "MOESAIC_BACKEND": self.backend_variable or "not set",
+            "TRITON_INTERPRET": "1: Triton kernels run on CPU tensors" if self.triton_interpret else "not set",
+        }
+        lines = [f"{name:17}{value}" for name, value in head.items()]
+        lines += ["", "op               runs      because"]
+        lines += [f"{op.op:17}{op.runs:10}{op.why}" for op in self.ops]
+        lines += ["", "joules           meter     because"]
+        lines += [f"{meter.column:17}{meter.meter or 'none':10}{meter.why}" for meter in self.energy]
+        for extra, modules in self.missing.items():
+            lines += ["", f"missing: {', '.join(modules)}; {self.install[extra]} brings them"]
+        return "\n".join(lines)
+
+
+def diagnose(folder: Path = Path()) -> Diagnosis:
+    """Looks at this machine; ``folder`` is the one whose free disk space counts."""
+    device = environment.resolve_device("auto")
+    missing = environment.missing_extras()
+    return Diagnosis(
+        device=device,
+        machine=environment.machine(),
+        versions=environment.versions(),
+        git_commit=environment.git_commit(),
+        free_disk_bytes=shutil.disk_usage(folder).free,
+        backend_variable=os.environ.get("MOESAIC_BACKEND"),
+        triton_interpret=os.environ.get("TRITON_INTERPRET") == "1",
+        ops=op_backends(device),
+        energy=energy_meters(),
+        missing=missing,
+        install={extra: environment.install_command(extra) for extra in missing},
+    )
+
+
+def op_backends(device: str) -> list[Backend]:
+    """For each op, what runs it on ``device`` and why."""
+    asked = os.environ.get("MOESAIC_BACKEND")
+    note = ""
+    if asked == "triton":
+        note = "; MOESAIC_BACKEND=triton has no effect: this version has no Triton kernels"
+    elif asked and asked not in BACKENDS:
+        note = f"; MOESAIC_BACKEND={asked} has no effect: takes {' or '.join(BACKENDS)}"
+    ops = [Backend(op, "torch", f"its only implementation in this version{note}") for op in TORCH_OPS]
+    if device != "cpu":
+        training = Backend("train_ensemble", "torch", f"the Numba twin is for cpu; PyTorch trains on {device}{note}")
+    elif "numba" in environment.missing_extras().get("bench", []):
+        training = Backend("train_ensemble", "none", f"Numba is missing; --impl torch trains without it, slower{note}")
+    else:
+        training = Backend("train_ensemble", "numba", f"the device is cpu and Numba is installed{note}")
+    return [*ops, training]
+
+
+def energy_meters() -> list[Meter]:
+    """The meter behind each joule column, or why there is none; sweeps leave both columns null so far."""
+    from moesaic.metrics.energy import NvmlMeter, RaplMeter
+
+    meters = []
+    for kind in (NvmlMeter, RaplMeter):
+        try:
+            kind()
+        except RuntimeError as error:
+            meters.append(Meter(f"{kind.scope}_j", None, str(error)))
+        else:
+            meters.append(Meter(f"{kind.scope}_j", kind.__name__, "readable here; sweeps do not read it yet"))
+    return meters

@@ -1,0 +1,234 @@
+"""Figures that look inside the models: expert usage, gates, dimensionality, features per dimension, a swept column."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from moesaic.bench.analysis import DIMENSIONALITY, LOSS, Cell, in_grid, number
+from moesaic.bench.figure_parts import by_dataset, heading, point
+from moesaic.bench.plot_style import DENSE, FOURTH, INK, MOE, MUTED, THIRD, log_axis, panels
+from moesaic.moe.config import FeatureConfig, ToyConfig, TrainConfig
+
+MAX_LINES = 6
+NAMED_DIMENSIONALITIES = ((2 / 5, "2/5"), (1 / 2, "1/2"), (2 / 3, "2/3"))
+
+
+def _vector(cell: Cell, key: str, *, descending: bool = False) -> list[float]:
+    """Mean over seeds of a list column, each seed's list sorted first where entries are exchangeable."""
+    lists = [[float(v) for v in found] for row in cell.rows if isinstance(found := row.get(key), list)]
+    lists = [sorted(values, reverse=True) if descending else values for values in lists]
+    return [math.fsum(column) / len(lists) for column in zip(*lists, strict=True)]
+
+
+def expert_usage(found: Sequence[Cell]) -> Figure | None:
+    """Share of the assignments that each expert takes, most used first."""
+    shown = [c for c in in_grid(found) if c.is_moe and _vector(c, "usage")]
+    names = list(dict.fromkeys(c.architecture for c in shown))
+    if not shown or len(names) > MAX_LINES:
+        return None
+    data = by_dataset(shown)
+    figure, grid = panels(len(names), len(data), height=1.15)
+    for line, name in zip(grid, names, strict=True):
+        for axes, (dataset, here) in zip(line, data.items(), strict=True):
+            axes.set_xticks([])
+            axes.grid(visible=False)
+            axes.margins(x=0)
+            axes.axhline(1.0, color=MUTED, linewidth=0.8, linestyle=(0, (3, 2)), zorder=4)
+            for cell in (c for c in here if c.architecture == name):
+                usage = _vector(cell, "usage", descending=True)
+                heights = [u * len(usage) / math.fsum(usage) for u in usage]
+                axes.stairs(heights, range(len(usage) + 1), fill=True, color=MOE)
+                effective = cell.estimate("effective_experts").mean
+                axes.text(
+                    0.99,
+                    0.9,
+                    f"effective experts {effective:.1f} of {len(usage)}",
+                    transform=axes.transAxes,
+                    ha="right",
+                    va="top",
+                    fontsize=8,
+                )
+            if line is grid[0]:
+                axes.set_title(heading(dataset, here[0]))
+            if line is grid[-1]:
+                axes.set_xlabel("experts, most used first")
+        line[0].set_ylabel(name.removeprefix("MoE "), rotation=0, ha="right", va="center", color=MOE, fontweight="bold")
+        top = max(axes.get_ylim()[1] for axes in line)
+        for axes in line:
+            axes.set_ylim(0, 1.3 * top)
+    figure.supylabel("share of assignments ÷ equal share", fontsize=9, color=INK)
+    return figure
+
+
+def gate_slice(found: Sequence[Cell]) -> Figure | None:
+    """Loss, effective experts and mean D_i of the same experts under different gates and with a shared expert."""
+    sliced = [c for c in found if c.value("slice") == "gates"]
+    kin = {(c.dataset, c.value("n_experts"), c.value("top_k")) for c in sliced}
+    shown = [c for c in found if c.is_moe and (c.dataset, c.value("n_experts"), c.value("top_k")) in kin]
+    shown.sort(key=lambda c: (int(str(c.value("top_k"))), c.mean(LOSS)))
+    if not sliced or len({c.dataset for c in shown}) > 1 or len(shown) > 3 * MAX_LINES:
+        return None
+    columns = (
+        (LOSS, "unexplained variance (held-out)"),
+        ("effective_experts", f"effective experts of {shown[0].value('n_experts')}"),
+        (DIMENSIONALITY, "mean $D_i$ of represented features"),
+    )
+    figure, (line,) = panels(1, 3, height=0.9 + 0.27 * len(shown), sharey=True)
+    positions, labels, y, last = [], [], 0.0, shown[0].value("top_k")
+    for cell in shown:
+        y += 1.0 if cell.value("top_k") == last else 1.8
+        last = cell.value("top_k")
+        positions.append(y)
+        shared = f" + shared {cell.value('shared_hidden')}" if cell.value("shared_hidden") else ""
+        labels.append(
+            f"{cell.value('n_experts')}×{cell.value('n_hidden')} k={last}{shared}, {cell.value('gate')}".replace(
+                "_", "-"
+            )
+        )
+    for axes, (metric, label) in zip(line, columns, strict=True):
+        for cell, where in zip(shown, positions, strict=True):
+            value = cell.estimate(metric)
+            if not math.isfinite(value.mean):
+                continue
+            color = MOE if cell.value("slice") == "gates" else THIRD
+            axes.plot([value.low, value.high], [where, where], color=color, linewidth=1.2, zorder=3)
+            axes.plot([value.mean], [where], marker="D" if color == MOE else "s", markersize=5, color=color, zorder=4)
+        axes.set_xlabel(label)
+        axes.set_xlim(left=0)
+    line[0].set_yticks(positions, labels, color=INK)
+    line[0].invert_yaxis()
+    line[0].set_title(heading(shown[0].dataset, shown[0]))
+    line[2].set_title("■ the gate of the main grid", color=THIRD, loc="right")
+    return figure
+
+
+def dimensionality_histogram(found: Sequence[Cell]) -> Figure | None:
+    """Distribution of D_i over the occurrences of represented features, all seeds together."""
+    shown = [c for c in in_grid(found) if sum(_vector(c, "dimensionality_histogram")) > 0]
+    widths = {c.value("total_width") for c in shown if c.is_moe}
+    shown = [c for c in shown if not widths or c.value("total_width") in widths]
+    names = list(dict.fromkeys(c.architecture for c in sorted(shown, key=lambda c: c.is_moe)))
+    if not shown or len(names) > MAX_LINES:
+        return None
+    data = by_dataset(shown)
+    figure, grid = panels(len(names), len(data), height=1.2, sharex=True)
+    for line, name in zip(grid, names, strict=True):
+        for axes, (dataset, here) in zip(line, data.items(), strict=True):
+            for cell in (c for c in here if c.architecture == name):
+                _histogram(axes, cell)
+            if line is grid[0]:
+                axes.set_title(heading(dataset, here[0]), pad=16)
+            if line is grid[-1]:
+                axes.set_xlabel("$D_i$ (share of a dimension that a feature has)")
+        color = MOE if any(c.is_moe for c in shown if c.architecture == name) else DENSE
+        line[0].set_ylabel(
+            name.replace(" ", "\n", 1), rotation=0, ha="right", va="center", color=color, fontweight="bold"
+        )
+    for axes in grid[0]:
+        for where, text in NAMED_DIMENSIONALITIES:
+            axes.text(
+                where,
+                1.02,
+                text,
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                va="bottom",
+                fontsize=7.5,
+                color=MUTED,
+            )
+    return figure
+
+
+def _histogram(axes: Axes, cell: Cell) -> None:
+    counts = _vector(cell, "dimensionality_histogram")
+    total = math.fsum(counts)
+    color = MOE if cell.is_moe else DENSE
+    edges = [i / len(counts) for i in range(len(counts) + 1)]
+    axes.stairs([c / total for c in counts], edges, fill=True, color=color)
+    for where, _ in NAMED_DIMENSIONALITIES:
+        axes.axvline(where, color=MUTED, linewidth=0.7, linestyle=(0, (3, 2)), zorder=0.5)
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    axes.set_xlim(0, 1.0)
+
+
+_WAYS = (
+    ("features_per_dimension", "● by how often an expert is used", 0.0, "o"),
+    ("features_per_dimension_gate", "◆ by its mean gate weight (the paper's)", 0.22, "D"),
+    ("features_per_dimension_folded", "■ gate weight folded into W", 0.44, "s"),
+)
+
+
+def features_per_dimension(found: Sequence[Cell]) -> Figure | None:
+    """Features per dimension with experts weighted in three ways."""
+    shown = [c for c in in_grid(found) if math.isfinite(c.mean("features_per_dimension"))]
+    data = by_dataset(shown)
+    names = list(dict.fromkeys(c.architecture for c in sorted(shown, key=lambda c: c.is_moe)))
+    if not shown or len(names) > 3 * MAX_LINES:
+        return None
+    figure, (line,) = panels(1, len(data), height=0.8 + 0.27 * len(names), sharey=True)
+    for axes, (dataset, here) in zip(line, data.items(), strict=True):
+        for cell in here:
+            for (key, _, shift, marker), moe_color in zip(_WAYS, (MOE, FOURTH, THIRD), strict=True):
+                value = cell.estimate(key)
+                if math.isfinite(value.mean) and (cell.is_moe or key == _WAYS[0][0]):
+                    y = names.index(cell.architecture) + (shift - 0.22) * cell.is_moe
+                    color = moe_color if cell.is_moe else DENSE
+                    axes.plot([value.low, value.high], [y, y], color=color, linewidth=1.1)
+                    axes.plot([value.mean], [y], marker=marker, markersize=4.5, color=color)
+        axes.set_title(heading(dataset, here[0]))
+        axes.set_xlabel("features per dimension")
+        axes.set_xlim(left=0)
+    line[0].set_yticks(range(len(names)), names, color=INK)
+    line[0].set_ylim(len(names) - 0.4, -0.6)
+    figure.suptitle(" ", fontsize=8)
+    for (_, text, _, _), color, x, side in zip(
+        _WAYS, (MOE, FOURTH, THIRD), (0.012, 0.5, 0.988), ("left", "center", "right"), strict=True
+    ):
+        figure.text(x, 0.993, text, color=color, fontsize=9, va="top", ha=side, fontweight="bold")
+    return figure
+
+
+def swept_column(found: Sequence[Cell]) -> Figure | None:
+    """Loss and mean D_i along the configuration column that takes most values, a line per remaining configuration."""
+    names = [f.name for kind in (ToyConfig, FeatureConfig, TrainConfig) for f in fields(kind)]
+    values = {name: {v for c in found if (v := number(c.rows[0], name)) is not None} for name in names}
+    column = max(names, key=lambda name: len(values[name]))
+    if len(values[column]) < 3 or any(c.value("slice") for c in found):
+        return None
+    lines: dict[str, list[Cell]] = {}
+    for cell in sorted(found, key=lambda c: number(c.rows[0], column) or 0.0):
+        rest = [
+            f"{name}={cell.value(name)}"
+            for name in names
+            if name != column and len({repr(c.value(name)) for c in found}) > 1
+        ]
+        lines.setdefault(", ".join(rest), []).append(cell)
+    if len(lines) > MAX_LINES:
+        return None
+    figure, (pair,) = panels(1, 2, width=4.4)
+    palette = (DENSE, MOE, THIRD, FOURTH, INK, MUTED)
+    for axes, (metric, label) in zip(
+        pair,
+        ((LOSS, "unexplained variance (held-out)"), (DIMENSIONALITY, "mean $D_i$ of represented features")),
+        strict=True,
+    ):
+        for (name, members), color in zip(lines.items(), palette, strict=False):
+            xs = [number(c.rows[0], column) or 0.0 for c in members]
+            for x, cell in zip(xs, members, strict=True):
+                point(axes, x, cell.estimate(metric), color, size=4)
+            means = [c.mean(metric) for c in members]
+            axes.plot(xs, means, color=color, linewidth=1.1, label=name or None)
+        if min(values[column]) > 0:
+            log_axis(axes, sorted(values[column]), column)
+        axes.set_xlabel(column)
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+    if len(lines) > 1:
+        pair[1].legend(fontsize=7, frameon=False)
+    return figure

@@ -1,0 +1,109 @@
+"""The words a sweep is planned in: runs with labels, stages of runs, presets of stages; how runs group for training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moesaic.moe.config import Run
+
+Row = dict[str, object]
+"""One trained model as written to ``runs.jsonl``: JSON values only."""
+
+FLOAT32_BYTES = 4
+
+
+class InputError(ValueError):
+    """What the user asked for cannot be done; raised before any training, shown without a traceback (exit code 2)."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One model to train; ``labels`` (stage, dataset, comparison, …) become extra columns of its row."""
+
+    run: Run
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+Stage = Callable[[list[Row]], list[PlannedRun]]
+"""Plans one stage of a sweep from the rows of the earlier stages, in plan order (the first stage gets none).
+
+A stage must be a pure function of the configuration and result columns: on ``--resume`` it is asked again."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named sweep.
+
+    Args:
+        name: what ``moesaic sweep`` calls it.
+        description: one line for listings.
+        stages: ``stages(quick, seeds)`` gives the stages in order; ``seeds`` is how many, or None for the preset's own.
+        spec: the parsed TOML of a sweep read from a file, which says what differs when another spec resumes its folder.
+    """
+
+    name: str
+    description: str
+    stages: Callable[[bool, int | None], list[Stage]]
+    spec: Mapping[str, object] | None = None
+
+
+def unique(planned: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """``planned`` without repeats of one run, in first-seen order.
+
+    Raises:
+        ValueError: one run is planned under two sets of labels, so its single row could not carry both.
+    """
+    seen: dict[str, PlannedRun] = {}
+    for item in planned:
+        first = seen.setdefault(item.run.key, item)
+        if dict(first.labels) != dict(item.labels):
+            raise ValueError(f"one run is planned with labels {dict(first.labels)} and {dict(item.labels)}: {item.run}")
+    return list(seen.values())
+
+
+def plan_digest(planned: Sequence[PlannedRun]) -> str:
+    """Sha256 over the run keys and labels of ``planned``, in order."""
+    digest = hashlib.sha256()
+    for item in planned:
+        digest.update(json.dumps([item.run.key, dict(item.labels)], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def training_bytes(run: Run) -> int:
+    """About what one model of a group holds while training, in bytes.
+
+    Weights, their gradient and two Adam moments; a batch at the input, the k decoded outputs, their gradients and the
+    router's scores; two loss curves. An estimate that only has to keep a group within bounds.
+    """
+    toy, training = run.toy, run.training
+    decoders = 1 if toy.tied else 2
+    width = toy.n_experts * toy.n_hidden + toy.shared_hidden
+    parameters = toy.n_features * (decoders * width + 2 * toy.n_experts + 1)
+    outputs = 2 * (toy.top_k + 1) + 2
+    activations = training.batch_size * (toy.n_features * outputs + 3 * toy.n_experts)
+    return FLOAT32_BYTES * (4 * parameters + activations + 2 * training.steps)
+
+
+def training_groups(
+    planned: Sequence[PlannedRun], *, max_models: int = 64, max_bytes: int = 1 << 30
+) -> list[list[PlannedRun]]:
+    """Splits ``planned`` into the groups that train stacked together.
+
+    Runs of equal ``Run.group`` go together, in plan order, at most ``max_models`` of them and at most ``max_bytes`` by
+    `training_bytes` (a single run may exceed that: it has to be trained anyhow). The groups depend on the plan alone,
+    never on what is already done.
+    """
+    alike: dict[tuple[object, ...], list[PlannedRun]] = {}
+    for item in planned:
+        alike.setdefault(item.run.group, []).append(item)
+    groups = []
+    for members in alike.values():
+        # Equal groups have equal shapes, so the first member stands for all.
+        size = max(1, min(max_models, max_bytes // training_bytes(members[0].run)))
+        groups += [members[i : i + size] for i in range(0, len(members), size)]
+    return groups

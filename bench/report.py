@@ -1,0 +1,118 @@
+"""The report of a run folder, and the small table a sweep prints last."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from moesaic.bench.analysis import LOSS, Cell, cells, comparisons
+from moesaic.bench.plan import Row
+from moesaic.bench.report_page import escape, figure, page
+from moesaic.bench.report_sections import (
+    comparison_section,
+    definitions_section,
+    environment_section,
+    failed_section,
+    rates_section,
+    results_section,
+    slowest_section,
+    summary_line,
+    words_section,
+)
+from moesaic.bench.store import RunStore
+from moesaic.bench.words import interval, plain_words, result_lines, si
+
+MAX_TABLE_LINES = 30
+"""Most architectures in the table that is printed to a terminal."""
+MAX_TABLE_DATASETS = 4
+"""Most data sets in it."""
+
+
+def write_report(run_dir: Path) -> Path:
+    """Draw ``figures/`` of a run folder and write its self-contained ``report.html``; return the latter's path.
+
+    Works for every sweep, finished or not. Wants matplotlib.
+
+    Raises:
+        InputError: ``runs.jsonl`` is damaged.
+        FileNotFoundError: the folder holds no rows.
+    """
+    from moesaic.bench.figures import draw_figures
+
+    store = RunStore(run_dir)
+    rows = store.rows()
+    if not rows:
+        raise FileNotFoundError(f"{store.path}: no rows to report on")
+    environment = store.environment() or {}
+    found = cells(rows)
+    compared = comparisons(found)
+    drawn = draw_figures(found, store.folder / "figures")
+    shown = [f"<h2>{escape(d.title)}</h2>{figure(d.svg, d.caption, d.title)}" for d in drawn]
+    first = [part for part, d in zip(shown, drawn, strict=True) if d.name == "tradeoff"]
+    title = f"moesaic sweep {environment.get('preset') or ''}".strip()
+    parts = [
+        f'<h1>{escape(title)}</h1>\n<p class="soft">{escape(summary_line(rows, environment))}</p>',
+        words_section(plain_words(found, compared)),
+        *first,
+        comparison_section(compared),
+        *(part for part in shown if part not in first),
+        rates_section(rows),
+        results_section(found),
+        failed_section(rows),
+        slowest_section(rows),
+        definitions_section(found),
+        environment_section(environment),
+    ]
+    path = store.folder / "report.html"
+    path.write_text(page(title, [part for part in parts if part]), encoding="utf-8")
+    return path
+
+
+def result_table(rows: Sequence[Row]) -> str:
+    """A small plain-text table, an architecture per line: active FLOPs, and unexplained variance on each data set.
+
+    Below it, one line per kind of comparison and what was left out.
+    """
+    found = cells(rows)
+    failed = sum(r.get("status") != "ok" for r in rows)
+    if not found:
+        return f"no finished runs, {failed} failed"
+    datasets = list(dict.fromkeys(c.dataset for c in found))
+    shown = datasets[:MAX_TABLE_DATASETS]
+    by_name: dict[str, dict[str, Cell]] = {}
+    for cell in found:
+        by_name.setdefault(cell.architecture, {})[cell.dataset] = cell
+    lines = [["architecture", "active FLOPs", *(_cut(d, 24) for d in shown)]]
+    for name, here in list(by_name.items())[:MAX_TABLE_LINES]:
+        flops = next((f for c in here.values() if math.isfinite(f := c.mean("active_flops"))), math.nan)
+        losses = [interval(here[d].estimate(LOSS)) if d in here else "" for d in shown]
+        lines.append([_cut(name, 60), si(flops) if math.isfinite(flops) else "n/a", *losses])
+    text = _aligned(lines)
+    text.append(
+        "unexplained variance of held-out data, ± 95 % t-interval over seeds; FLOPs per sample, forward + backward"
+    )
+    text += result_lines(found, comparisons(found))
+    left_out = [
+        f"{count} more {what}"
+        for count, what in (
+            (len(by_name) - MAX_TABLE_LINES, "architectures"),
+            (len(datasets) - len(shown), "data sets"),
+        )
+        if count > 0
+    ]
+    if left_out:
+        text.append(f"{' and '.join(left_out)} in runs.parquet and report.html")
+    if failed:
+        text.append(f"{failed} failed: report.html says why")
+    return "\n".join(text)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """The first column flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

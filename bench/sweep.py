@@ -1,0 +1,334 @@
+"""Runs a preset into a run folder: stage by stage, group by group, resumable at any point.
+
+Every group of the plan is trained in one call and its rows are appended in one write. On ``--resume`` a group with a
+missing run is trained again whole and only the missing rows are added; the bits of a run do not depend on its group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TextIO
+
+from moesaic.bench import environment
+from moesaic.bench.plan import InputError, PlannedRun, Preset, Row, plan_digest, training_groups, unique
+from moesaic.bench.store import RunStore
+
+REDRAW_INTERVAL_S = 0.2
+LOG_INTERVAL_S = 10.0
+"""Seconds between progress lines where stderr is a file."""
+
+
+class Trainer(Protocol):
+    """Trains and measures one group; gives a row per planned run, in order, with at least its ``run_key``.
+
+    ``progress`` wants the steps done since its last call and the mean loss, as `moesaic.moe.train_runs` gives them.
+    """
+
+    def __call__(
+        self, group: Sequence[PlannedRun], *, device: str, impl: str, progress: Callable[[int, float], None]
+    ) -> list[Row]:
+        """Trains ``group`` on ``device`` with ``impl``."""
+        ...
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The rows of a run folder in plan order, and whether Ctrl-C ended the sweep before all of them existed."""
+
+    rows: list[Row]
+    out: Path
+    interrupted: bool = False
+
+    @property
+    def failed(self) -> list[Row]:
+        """Rows of the runs that have no result; ``error`` says why."""
+        return [row for row in self.rows if row["status"] == "failed"]
+
+
+def run_sweep(
+    preset: Preset,
+    out: Path,
+    *,
+    quick: bool = False,
+    seeds: int | None = None,
+    device: str = "auto",
+    impl: str = "auto",
+    resume: bool = False,
+    progress: bool = True,
+    max_models: int = 64,
+    trainer: Trainer | None = None,
+    argv: Sequence[str] = (),
+) -> SweepResult:
+    """Trains every run of ``preset`` that ``out`` does not hold yet and writes ``runs.parquet``.
+
+    A group that raises is trained again run by run, so only the runs at fault become ``failed`` rows, and the sweep
+    goes on; a failed run counts as done when the sweep is resumed.
+    Ctrl-C ends it in order: what is finished stays and ``resume=True`` continues.
+
+    Args:
+        preset: what to run.
+        out: the run folder; made if missing.
+        quick: the preset's small version.
+        seeds: seeds per configuration in place of the preset's own number.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        impl: ``auto``, ``numba`` or ``torch``: which CPU implementation trains.
+        resume: continue the sweep that ``out`` holds.
+        progress: draw a progress bar on stderr (lines, where that is a file).
+        max_models: most models trained as one group.
+        trainer: trains and measures a group; `train_and_measure` by default.
+        argv: the command line, for ``environment.json``.
+
+    Raises:
+        InputError: before any training - an argument out of range, a missing package, a folder that cannot be
+            written, that holds rows without ``resume``, or that holds the rows of another plan.
+    """
+    environment.require("duckdb", "tqdm")
+    if seeds is not None and seeds < 1:
+        raise InputError(f"seeds = {seeds}: must be an integer >= 1")
+    device = environment.resolve_device(device)
+    check_impl(impl, device)
+    stages = preset.stages(quick, seeds)
+    request = {
+        "preset": preset.name, "spec": preset.spec, "quick": quick, "seeds": seeds, "device": device, "impl": impl,
+    }  # fmt: skip
+    store = open_store(out, {**request, "plan_hash": _plan_hash(preset, request, stages[0]([]))}, resume, argv)
+
+    planned: list[PlannedRun] = []
+    rows: list[Row] = []
+    interrupted = False
+    with _Progress(enabled=progress) as bar:
+        try:
+            for number, stage in enumerate(stages, 1):
+                earlier = len(planned)
+                planned = unique([*planned, *stage(list(rows))])
+                bar.stage(f"stage {number}/{len(stages)}" if len(stages) > 1 else preset.name)
+                groups = training_groups(planned[earlier:], max_models=max_models)
+                _run_groups(groups, store, bar, trainer or train_and_measure, device, impl)
+                by_key = {row["run_key"]: row for row in store.rows()}
+                rows = [by_key[item.run.key] for item in planned]
+        except KeyboardInterrupt:
+            interrupted = True
+    store.finish([item.run.key for item in planned])
+    if interrupted:
+        rows = store.rows()
+    else:
+        store.write_environment({**(store.environment() or {}), "ended": environment.now()})
+    return SweepResult(rows, Path(out), interrupted)
+
+
+def train_and_measure(
+    group: Sequence[PlannedRun], *, device: str, impl: str, progress: Callable[[int, float], None]
+) -> list[Row]:
+    """Trains a group with `moesaic.moe.train_runs` and measures it."""
+    from moesaic.bench.measure import measure
+    from moesaic.moe import train_runs
+
+    result = train_runs([item.run for item in group], device=device, impl=impl, progress=progress)
+    return measure(result, group, device=device)
+
+
+def check_impl(impl: str, device: str) -> None:
+    """Raises `InputError` unless ``impl`` is known and can run here."""
+    if impl not in ("auto", "numba", "torch"):
+        raise InputError(f"--impl {impl!r}: must be one of auto, numba, torch")
+    if impl == "numba" and device != "cpu":
+        raise InputError(f"--impl numba: runs on cpu only, the device is {device}")
+    if impl != "torch" and device == "cpu":
+        environment.require("numba")
+
+
+def open_store(out: Path, request: Mapping[str, object], resume: bool, argv: Sequence[str]) -> RunStore:
+    """The run folder, made, proved writable and with its ``environment.json`` written.
+
+    Raises:
+        InputError: the folder cannot be written, has rows and ``resume`` is false, or has the rows of another plan.
+    """
+    store = RunStore(out)
+    try:
+        store.folder.mkdir(parents=True, exist_ok=True)
+        store.path.open("ab").close()
+        store.write_environment(_history(store, request, resume, argv))
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written: {error.strerror or error}") from error
+    return store
+
+
+def _history(store: RunStore, request: Mapping[str, object], resume: bool, argv: Sequence[str]) -> dict[str, object]:
+    """What ``environment.json`` says from now on: this start, or this resumption of an earlier start."""
+    held, out = len(store.keys()), store.folder
+    here = environment.environment(argv)
+    if not held:
+        return {**request, **here, "resumed": []}
+    if not resume:
+        raise InputError(
+            f"--out {out}: holds {held} rows of an earlier sweep; add --resume to continue it, or name another folder"
+        )
+    before = store.environment()
+    if before is None:
+        raise InputError(
+            f"--out {out}: holds {held} rows but no environment.json to say of which plan; name another folder"
+        )
+    if before.get("plan_hash") != request["plan_hash"]:
+        raise InputError(
+            f"--out {out}: holds rows of another plan ({_difference(before, request)}); name another folder"
+        )
+    resumed = before.get("resumed")
+    return {**before, "ended": None, "resumed": [*(resumed if isinstance(resumed, list) else []), here]}
+
+
+def _plan_hash(preset: Preset, request: Mapping[str, object], first: Sequence[PlannedRun]) -> str:
+    # Later stages follow from the first stage's rows and the request; a spec has one stage, and may move or be renamed.
+    named = ("device", "impl") if preset.spec is not None else ("device", "impl", "preset", "quick", "seeds")
+    text = json.dumps([[request[name] for name in named], plan_digest(unique(first))])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _difference(before: Mapping[str, object], request: Mapping[str, object]) -> str:
+    old, new = (_flatten({k: d.get(k) for k in request if k != "plan_hash"}) for d in (before, request))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if not keys:
+        return "the same request, planned by another version of moesaic"
+    return "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _run_groups(
+    groups: Sequence[Sequence[PlannedRun]], store: RunStore, bar: _Progress, trainer: Trainer, device: str, impl: str
+) -> None:
+    done = store.keys()
+    missing = [{item.run.key for item in group} - done for group in groups]
+    finished = sum(_model_steps(group) for group, keys in zip(groups, missing, strict=True) if not keys)
+    bar.extend(sum(map(_model_steps, groups)), finished)
+    for group, keys in zip(groups, missing, strict=True):
+        if keys:
+            rows = store.append(_train(group, trainer, bar, device, impl))  # only what is missing is written
+            bar.group_done(_model_steps(group), [row for row in rows if row["status"] == "failed"])
+
+
+def _train(group: Sequence[PlannedRun], trainer: Trainer, bar: _Progress, device: str, impl: str) -> list[Row]:
+    """The rows of a group; where it raises, each of its runs alone, and a ``failed`` row for each that still does."""
+    started_at, clock = environment.now(), time.perf_counter()
+    try:
+        rows = trainer(group, device=device, impl=impl, progress=bar.advance(len(group)))
+        found = [str(row.get("run_key")) for row in rows]
+        if found != [item.run.key for item in group]:
+            raise RuntimeError(f"the trainer gave rows for {found}")
+    except Exception as error:
+        bar.group_failed()
+        if len(group) > 1:
+            return [row for item in group for row in _train([item], trainer, bar, device, impl)]
+        rows = [{"status": "failed", "error": reason(error), "device": device}]
+    wall_s = (time.perf_counter() - clock) / len(group)
+    return [
+        {"status": "ok", "error": None, "wall_s": wall_s, "started_at": started_at}
+        | {**row, **item.run.flat(), **item.labels, "run_key": item.run.key}
+        for item, row in zip(group, rows, strict=True)
+    ]
+
+
+def reason(error: Exception) -> str:
+    """An exception in one line: type, message and the place that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}".replace("\n", " ")
+
+
+def _model_steps(group: Sequence[PlannedRun]) -> int:
+    return sum(item.run.training.steps for item in group)
+
+
+class _LogFile:
+    """Gives each redrawing of tqdm's line as a line of its own, for a stderr that is a file."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self.encoding = file.encoding
+
+    def write(self, text: str) -> None:
+        line = text.strip("\r\n ")
+        if line:
+            self._file.write(line + "\n")
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+class _Progress:
+    """One bar over all stages, counted in model-steps (optimiser steps times the models that take them)."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        from tqdm import tqdm
+
+        terminal = sys.stderr.isatty()
+        self._file = sys.stderr if terminal else _LogFile(sys.stderr)
+        self._failed = 0
+        self._base = 0  # model-steps of the finished groups
+        self._bar = tqdm(
+            total=0,
+            delay=1e-9,  # nothing is drawn before the first stage says its total
+            unit=" model-steps",
+            unit_scale=True,
+            disable=not enabled,
+            file=self._file,
+            mininterval=REDRAW_INTERVAL_S if terminal else LOG_INTERVAL_S,
+            miniters=1,
+            dynamic_ncols=terminal,
+            ncols=None if terminal else 120,
+        )
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def stage(self, name: str) -> None:
+        self._bar.set_description(name, refresh=False)
+
+    def extend(self, total: int, done: int) -> None:
+        """Adds a stage of ``total`` model-steps; ``done`` of them an earlier sweep's, not counted for the rate."""
+        self._base += done
+        if not self._bar.disable:
+            self._bar.total += total
+            self._bar.initial += done
+            self._bar.n = self._bar.last_print_n = self._base
+            self._bar.refresh()
+
+    def advance(self, models: int) -> Callable[[int, float], None]:
+        """What a trainer of ``models`` models calls with its steps since the last call and their mean loss."""
+
+        def on_progress(steps: int, loss: float) -> None:
+            failures = f", {self._failed} failed" if self._failed else ""
+            self._bar.set_postfix_str(f"loss {loss:.4g}{failures}", refresh=False)
+            self._bar.update(steps * models)
+
+        return on_progress
+
+    def group_done(self, steps: int, failed: Sequence[Row]) -> None:
+        self._base += steps
+        self._failed += len(failed)
+        for row in failed:
+            self._bar.write(f"failed: run {str(row['run_key'])[:12]}: {row['error']}", file=self._file)
+        self._move(self._base)
+
+    def group_failed(self) -> None:
+        self._move(self._base)
+
+    def _move(self, to: int) -> None:
+        self._bar.update(to - self._bar.n)

@@ -1,0 +1,19 @@
+"""Ops on tensors: what runs fast."""
+
+from moesaic.kernels import reference as reference
+from moesaic.kernels.decode_loss import decode_loss as decode_loss
+from moesaic.kernels.dispatch import Grouping as Grouping
+from moesaic.kernels.dispatch import combine as combine
+from moesaic.kernels.dispatch import group_by_expert as group_by_expert
+from moesaic.kernels.encode_features import encode_features as encode_features
+from moesaic.kernels.ensemble import EnsembleSettings as EnsembleSettings
+from moesaic.kernels.ensemble import EnsembleShape as EnsembleShape
+from moesaic.kernels.ensemble import train_ensemble as train_ensemble
+from moesaic.kernels.expert_mlp import expert_mlp as expert_mlp
+from moesaic.kernels.features import FeatureTable as FeatureTable
+from moesaic.kernels.features import sample_features as sample_features
+from moesaic.kernels.grouped_matmul import grouped_matmul as grouped_matmul
+from moesaic.kernels.philox import philox_uniform as philox_uniform
+from moesaic.kernels.routing import Routing as Routing
+from moesaic.kernels.routing import load_balance_loss as load_balance_loss
+from moesaic.kernels.routing import route_topk as route_topk

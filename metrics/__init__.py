@@ -1,0 +1,33 @@
+"""What is measured: superposition, usage and specialisation of experts; FLOPs, bytes and energy of what they cost."""
+
+from moesaic.metrics.energy import EnergyMeter as EnergyMeter
+from moesaic.metrics.energy import EnergyResult as EnergyResult
+from moesaic.metrics.energy import find_meter as find_meter
+from moesaic.metrics.energy import measure_energy as measure_energy
+from moesaic.metrics.flops import Flops as Flops
+from moesaic.metrics.flops import count_flops as count_flops
+from moesaic.metrics.flops import dense_width_at_equal_flops as dense_width_at_equal_flops
+from moesaic.metrics.specialization import Specialization as Specialization
+from moesaic.metrics.specialization import expert_specialization as expert_specialization
+from moesaic.metrics.superposition import DIMENSIONALITY_LINES as DIMENSIONALITY_LINES
+from moesaic.metrics.superposition import FeatureGeometry as FeatureGeometry
+from moesaic.metrics.superposition import balanced_weight as balanced_weight
+from moesaic.metrics.superposition import dimensionality_histogram as dimensionality_histogram
+from moesaic.metrics.superposition import feature_dimensionality as feature_dimensionality
+from moesaic.metrics.superposition import feature_geometry as feature_geometry
+from moesaic.metrics.superposition import feature_norms as feature_norms
+from moesaic.metrics.superposition import features_per_dimension as features_per_dimension
+from moesaic.metrics.superposition import global_dimensionality as global_dimensionality
+from moesaic.metrics.superposition import monosemantic as monosemantic
+from moesaic.metrics.superposition import polysemanticity as polysemanticity
+from moesaic.metrics.superposition import superposition_score as superposition_score
+from moesaic.metrics.usage import Representation as Representation
+from moesaic.metrics.usage import dead_experts as dead_experts
+from moesaic.metrics.usage import dense_gates as dense_gates
+from moesaic.metrics.usage import effective_experts as effective_experts
+from moesaic.metrics.usage import expert_presence as expert_presence
+from moesaic.metrics.usage import expert_usage as expert_usage
+from moesaic.metrics.usage import gate_usage as gate_usage
+from moesaic.metrics.usage import load_imbalance as load_imbalance
+from moesaic.metrics.usage import mean_active_gate as mean_active_gate
+from moesaic.metrics.usage import represented_features as represented_features

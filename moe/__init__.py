@@ -1,0 +1,18 @@
+"""Routers, experts, layers, toy models and their training: what is trained."""
+
+from moesaic.moe.config import FeatureConfig as FeatureConfig
+from moesaic.moe.config import Run as Run
+from moesaic.moe.config import ToyConfig as ToyConfig
+from moesaic.moe.config import TrainConfig as TrainConfig
+from moesaic.moe.data import feature_probabilities as feature_probabilities
+from moesaic.moe.data import held_out as held_out
+from moesaic.moe.data import importance as importance
+from moesaic.moe.hf import register_with_transformers as register_with_transformers
+from moesaic.moe.layer import LayerRouting as LayerRouting
+from moesaic.moe.layer import MoE as MoE
+from moesaic.moe.toy import ToyModel as ToyModel
+from moesaic.moe.toy import ToyRouting as ToyRouting
+from moesaic.moe.trainer import TrainResult as TrainResult
+from moesaic.moe.trainer import TrainStep as TrainStep
+from moesaic.moe.trainer import train as train
+from moesaic.moe.trainer import train_runs as train_runs

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from moesaic import kernels
+from moesaic.bench import environment
+from moesaic.bench.doctor import TORCH_OPS, diagnose, energy_meters, op_backends
+
+
+def test_the_diagnosis_describes_this_machine() -> None:
+    found = diagnose()
+    assert found.device == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert found.versions["torch"] == torch.__version__
+    assert found.versions["python"] == sys.version.split()[0]
+    assert found.machine["torch_threads"] == torch.get_num_threads()
+    assert found.machine["cores"] == environment.usable_cores() >= 1
+    assert found.free_disk_bytes > 0
+    assert json.loads(json.dumps(asdict(found)))["ops"][0]["op"] == "route_topk"
+    text = str(found)
+    for op in found.ops:
+        assert f"{op.op:17}{op.runs}" in text
+    for meter in found.energy:
+        assert f"{meter.column:17}{meter.meter or 'none'}" in text
+    assert f"torch {torch.__version__}" in text
+    assert str(found.machine["cpu"]) in text
+
+
+def test_every_op_it_names_exists() -> None:
+    assert [op for op in TORCH_OPS if not callable(getattr(kernels, op, None))] == []
+    assert [op.op for op in op_backends("cpu")] == [*TORCH_OPS, "train_ensemble"]
+
+
+def test_the_implementation_follows_device_and_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOESAIC_BACKEND", raising=False)
+    assert op_backends("cpu")[-1].runs == "numba"
+    assert op_backends("cuda")[-1].runs == "torch"
+    monkeypatch.setitem(sys.modules, "numba", None)
+    missing = op_backends("cpu")[-1]
+    assert (missing.runs, "Numba is missing" in missing.why) == ("none", True)
+
+
+@pytest.mark.parametrize(("value", "words"), [("triton", "no Triton kernels"), ("gpu", "takes triton or cpu")])
+def test_a_backend_that_cannot_be_had_is_said(value: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOESAIC_BACKEND", value)
+    assert all(f"MOESAIC_BACKEND={value} has no effect" in op.why and words in op.why for op in op_backends("cpu"))
+    assert f"MOESAIC_BACKEND  {value}" in str(diagnose())
+
+
+def test_a_missing_extra_is_named_with_the_command_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert diagnose().missing == {}
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    found = diagnose()
+    assert found.missing == {"bench": ["matplotlib"]}
+    assert 'missing: matplotlib; pip install "moesaic[bench]" brings them' in str(found)
+    with pytest.raises(
+        environment.MissingExtraError, match=r'matplotlib not installed: pip install "moesaic\[bench\]"'
+    ):
+        environment.require("duckdb", "matplotlib")
+    environment.require("duckdb")
+
+
+def test_a_meter_that_cannot_be_read_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moesaic.metrics import energy
+
+    def refuse(self: object) -> None:
+        raise RuntimeError("no counter here")
+
+    monkeypatch.setattr(energy.NvmlMeter, "__init__", refuse)
+    monkeypatch.setattr(energy.RaplMeter, "__init__", lambda self: None)
+    gpu, cpu = energy_meters()
+    assert (gpu.column, gpu.meter, gpu.why) == ("gpu_board_j", None, "no counter here")
+    assert (cpu.column, cpu.meter) == ("cpu_package_j", "RaplMeter")
+
+
+def test_auto_takes_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for available, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda available=available: available)
+        assert environment.resolve_device("auto") == device
+        assert environment.resolve_device("cpu") == "cpu"
+
+
+def test_the_commit_is_that_of_the_checkout_and_of_no_other_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    code = tmp_path / "environment.py"
+    code.write_text("")
+    monkeypatch.setattr(environment, "__file__", str(code))
+    assert environment.git_commit() is None
+    git("init", "-q")
+    (tmp_path / "other").write_text("")
+    git("add", "other")
+    git("commit", "-qm", "other")
+    assert environment.git_commit() is None
+    git("add", "environment.py")
+    git("commit", "-qm", "ours")
+    assert environment.git_commit() == git("rev-parse", "HEAD")
+    code.write_text("changed")
+    assert environment.git_commit() == git("rev-parse", "HEAD") + "+"

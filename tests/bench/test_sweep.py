@@ -1,0 +1,367 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+from moesaic.bench.plan import InputError, PlannedRun, Preset, Row, Stage
+from moesaic.bench.spec import spec_preset
+from moesaic.bench.store import TIME_COLUMNS, RunStore
+from moesaic.bench.sweep import SweepResult, reason, run_sweep
+
+SPEC = {"seeds": 3, "run": {"steps": 4, "batch_size": 2}, "grid": {"n_hidden": [1, 2, 3], "lr": [0.1, 0.2]}}
+
+KILLER = """
+# Starts sweeps and kills each with SIGKILL, most of them a random moment after a random number of further groups were
+# begun, some while they start. What a sweep imports is imported here, once for all children.
+import os, random, signal, sys, time
+from pathlib import Path
+import duckdb, torch, tqdm
+import moesaic.moe.config
+from moesaic.bench.spec import spec_preset
+from moesaic.bench.sweep import run_sweep
+
+out, log, spec = Path(sys.argv[1]), Path(sys.argv[2]), eval(sys.argv[3])
+
+def trainer(group, *, device, impl, progress):
+    with log.open("a") as file:
+        file.writelines(p.run.key + chr(10) for p in group)
+    time.sleep(0.004)
+    return [{"run_key": p.run.key, "loss": p.run.seed / 7, "usage": [p.run.training.lr] * 4000} for p in group]
+
+def lines():
+    return log.read_bytes().count(10) if log.exists() else 0
+
+random.seed(0)
+for killed in range(1000):
+    child = os.fork()
+    if child == 0:
+        run_sweep(spec_preset(spec), out, device="cpu", resume=True, progress=False, max_models=2, trainer=trainer)
+        os._exit(0)
+    wanted = lines() + 2 * random.choice([0, 1, 1, 2, 3])
+    ended = 0
+    while not ended and lines() < wanted:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.0005)
+    if not ended:
+        time.sleep(random.uniform(0, 0.012))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        break
+print(killed)
+"""
+
+
+class Fake:
+    """Trains nothing; gives a row per run and remembers what it was asked for."""
+
+    def __init__(self, fault: Callable[[Sequence[PlannedRun]], None] = lambda group: None) -> None:
+        self.groups: list[list[PlannedRun]] = []
+        self.fault = fault
+
+    def __call__(
+        self, group: Sequence[PlannedRun], *, device: str, impl: str, progress: Callable[[int, float], None]
+    ) -> list[Row]:
+        self.groups.append(list(group))
+        self.fault(group)
+        progress(group[0].run.training.steps, 0.5)
+        return [{"run_key": p.run.key, "loss": p.run.seed / 7, "trained_by": "fake", "device": device} for p in group]
+
+    @property
+    def trained(self) -> list[str]:
+        return [item.run.key for group in self.groups for item in group]
+
+
+def sweep(
+    out: Path,
+    trainer: Fake | None = None,
+    *,
+    spec: Preset | Mapping[str, object] = SPEC,
+    resume: bool = False,
+    progress: bool = False,
+) -> SweepResult:
+    preset = spec if isinstance(spec, Preset) else spec_preset(spec)
+    return run_sweep(
+        preset, out, device="cpu", resume=resume, progress=progress, max_models=2, trainer=trainer or Fake()
+    )
+
+
+def parquet(out: Path) -> list[tuple[object, ...]]:
+    found = duckdb.read_parquet(str(out / "runs.parquet")).project(f"* EXCLUDE ({', '.join(TIME_COLUMNS)})")
+    return [tuple(found.columns), tuple(map(str, found.types)), *found.fetchall()]
+
+
+def test_every_planned_run_becomes_one_row_in_plan_order(tmp_path: Path) -> None:
+    trainer = Fake()
+    result = sweep(tmp_path, trainer)
+    (stage,) = spec_preset(SPEC).stages(False, None)
+    keys = [item.run.key for item in stage([])]
+    assert [row["run_key"] for row in result.rows] == keys
+    assert len(keys) == len(set(keys)) == 18
+    assert sorted(trainer.trained) == sorted(keys)
+    assert {len(group) for group in trainer.groups} == {2}
+    assert all(len({item.run.group for item in group}) == 1 for group in trainer.groups)
+    names, _, *rows = parquet(tmp_path)
+    assert [dict(zip(names, row, strict=True))["run_key"] for row in rows] == keys
+    row = result.rows[4]
+    expected = {
+        "status": "ok", "error": None, "stage": "main", "loss": 1 / 7, "seed": 1, "n_hidden": 1, "lr": 0.2,
+        "trained_by": "fake", "device": "cpu",
+    }  # fmt: skip
+    assert row == {**row, **expected}
+    assert isinstance(row["wall_s"], float)
+    assert str(row["started_at"]).endswith("+00:00")
+    assert result.failed == []
+
+
+def test_the_environment_says_what_ran_where(tmp_path: Path) -> None:
+    run_sweep(spec_preset(SPEC), tmp_path, device="cpu", progress=False, trainer=Fake(), argv=["sweep", "a b.toml"])
+    found = RunStore(tmp_path).environment()
+    assert found is not None
+    assert found["command"] == "moesaic sweep 'a b.toml'"
+    assert found["argv"] == ["sweep", "a b.toml"]
+    assert found["spec"] == SPEC
+    assert found["versions"]["python"] == sys.version.split()[0]  # type: ignore[index]
+    assert str(found["started"]) <= str(found["ended"])
+    assert {"cpu", "torch_threads", "git_commit", "plan_hash", "preset", "quick", "seeds"} <= found.keys()
+
+
+def test_a_stage_sees_the_rows_of_the_earlier_ones(tmp_path: Path) -> None:
+    seen: list[list[object]] = []
+
+    def stage(seeds: Sequence[int]) -> Stage:
+        def plan(rows: list[Row]) -> list[PlannedRun]:
+            seen.append([row["seed"] for row in rows])
+            return [PlannedRun(p.run, {"part": str(len(rows))}) for p in _planned(seeds)]
+
+        return plan
+
+    preset = Preset("two", "", lambda quick, seeds: [stage([5, 3]), stage([1])])
+    result = sweep(tmp_path, spec=preset)
+    assert seen[-2:] == [[], [5, 3]]
+    assert [(row["seed"], row["part"]) for row in result.rows] == [(5, "0"), (3, "0"), (1, "2")]
+    trainer = Fake()
+    assert sweep(tmp_path, trainer, spec=preset, resume=True).rows == result.rows
+    assert trainer.groups == []
+
+
+def _planned(seeds: Sequence[int]) -> list[PlannedRun]:
+    (stage,) = spec_preset({"seeds": list(seeds)}).stages(False, None)
+    return stage([])
+
+
+def test_only_the_run_at_fault_fails_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    def fault(group: Sequence[PlannedRun]) -> None:
+        if any(p.run.seed == 2 and p.run.toy.n_hidden == 2 for p in group):
+            raise FloatingPointError("the loss\nis gone")
+
+    result = sweep(tmp_path, Fake(fault))
+    assert len(result.rows) == 18
+    assert [(row["n_hidden"], row["seed"]) for row in result.failed] == [(2, 2), (2, 2)]
+    for row in result.failed:
+        assert str(row["error"]).startswith("FloatingPointError: the loss is gone (test_sweep.py:")
+        assert row["device"] == "cpu"
+        assert row["stage"] == "main"
+    assert {row["loss"] for row in result.rows if row["status"] == "ok"} == {0.0, 1 / 7, 2 / 7}
+    trainer = Fake()
+    assert len(sweep(tmp_path, trainer, resume=True).failed) == 2
+    assert trainer.groups == []
+
+
+def test_rows_of_a_trainer_that_mixes_them_up_are_not_believed(tmp_path: Path) -> None:
+    class Swapped(Fake):
+        def __call__(self, group: Sequence[PlannedRun], **others: Any) -> list[Row]:
+            return super().__call__(group, **others)[::-1]
+
+    trainer = Swapped()
+    assert sweep(tmp_path, trainer).failed == []
+    assert [len(group) for group in trainer.groups] == [2, 1, 1] * 9
+
+
+def test_ctrl_c_keeps_what_is_done_and_resume_finishes_it(tmp_path: Path) -> None:
+    def fault(group: Sequence[PlannedRun]) -> None:
+        if len(interrupted.groups) == 4:
+            raise KeyboardInterrupt
+
+    interrupted = Fake(fault)
+    result = sweep(tmp_path / "a", interrupted)
+    assert result.interrupted
+    assert len(result.rows) == 6
+    assert (RunStore(tmp_path / "a").environment() or {})["ended"] is None
+    rest = Fake()
+    resumed = sweep(tmp_path / "a", rest, resume=True)
+    assert not resumed.interrupted
+    assert len(rest.trained) == 12
+    assert not set(rest.trained) & {str(row["run_key"]) for row in result.rows}
+    sweep(tmp_path / "b")
+    assert parquet(tmp_path / "a") == parquet(tmp_path / "b")
+    environment = RunStore(tmp_path / "a").environment() or {}
+    assert len(environment["resumed"]) == 1  # type: ignore[arg-type]
+    assert environment["ended"] is not None
+
+
+def test_a_half_written_group_is_trained_again_and_completed(tmp_path: Path) -> None:
+    sweep(tmp_path / "a")
+    path = tmp_path / "a" / "runs.jsonl"
+    data = path.read_bytes()
+    start = sum(len(line) for line in data.splitlines(keepends=True)[:15])
+    path.write_bytes(data[: start + 40])
+    trainer = Fake()
+    sweep(tmp_path / "a", trainer, resume=True)
+    assert [len(group) for group in trainer.groups] == [2, 2]
+    sweep(tmp_path / "b")
+    assert parquet(tmp_path / "a") == parquet(tmp_path / "b")
+
+
+def test_kills_at_random_moments_lose_and_double_nothing(tmp_path: Path) -> None:
+    spec = {**SPEC, "seeds": 8}
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", KILLER, str(tmp_path / "killed"), str(log), repr(spec)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert int(done.stdout) >= 10
+    (stage,) = spec_preset(spec).stages(False, None)
+    keys = [item.run.key for item in stage([])]
+    lines = (tmp_path / "killed" / "runs.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["run_key"] for line in lines) == sorted(keys)
+    # A kill can cost the group that was being trained, never one whose rows were written.
+    assert len(log.read_text().splitlines()) <= len(keys) + 2 * int(done.stdout)
+
+    class Same(Fake):
+        def __call__(self, group: Sequence[PlannedRun], **others: Any) -> list[Row]:
+            return [{"run_key": p.run.key, "loss": p.run.seed / 7, "usage": [p.run.training.lr] * 4000} for p in group]
+
+    sweep(tmp_path / "whole", Same(), spec=spec)
+    assert parquet(tmp_path / "killed") == parquet(tmp_path / "whole")
+
+
+def test_a_real_sweep_interrupted_and_resumed_gives_the_same_parquet(tmp_path: Path) -> None:
+    from moesaic.bench.sweep import train_and_measure
+
+    spec = {
+        "seeds": 2,
+        "run": {"steps": 8, "batch_size": 4, "n_features": 6, "n_experts": 2},
+        "grid": {"n_hidden": [1, 2]},
+    }
+    calls = 0
+
+    def interrupted(group: Sequence[PlannedRun], **others: Any) -> list[Row]:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return train_and_measure(group, **others)
+
+    preset = spec_preset(spec)
+    first = run_sweep(preset, tmp_path / "a", device="cpu", impl="torch", progress=False, trainer=interrupted)
+    assert first.interrupted
+    resumed = run_sweep(preset, tmp_path / "a", device="cpu", impl="torch", progress=False, resume=True)
+    # Other groups on purpose: the bits of a run do not depend on what it was trained with.
+    whole = run_sweep(preset, tmp_path / "b", device="cpu", impl="torch", progress=False, max_models=1)
+    assert len(resumed.rows) == len(whole.rows) == 4
+    assert resumed.failed == []
+    assert parquet(tmp_path / "a") == parquet(tmp_path / "b")
+
+
+def test_a_folder_with_rows_is_refused_without_resume(tmp_path: Path) -> None:
+    sweep(tmp_path)
+    before = (tmp_path / "runs.jsonl").read_bytes()
+    trainer = Fake()
+    with pytest.raises(InputError, match=f"--out {tmp_path}.*18 rows.*--resume"):
+        sweep(tmp_path, trainer)
+    assert trainer.groups == []
+    assert (tmp_path / "runs.jsonl").read_bytes() == before
+
+
+def test_resume_of_another_plan_is_refused_saying_what_differs(tmp_path: Path) -> None:
+    sweep(tmp_path)
+    trainer = Fake()
+    other = {**SPEC, "grid": {"n_hidden": [1, 2, 4], "lr": [0.1, 0.2]}}
+    with pytest.raises(InputError, match=r"spec.grid.n_hidden: \[1, 2, 3\] there, \[1, 2, 4\] now"):
+        sweep(tmp_path, trainer, spec=other, resume=True)
+    with pytest.raises(InputError, match="quick: False there, True now"):
+        run_sweep(spec_preset(SPEC), tmp_path, quick=True, device="cpu", resume=True, trainer=trainer)
+    with pytest.raises(InputError, match="impl: 'auto' there, 'torch' now"):
+        run_sweep(spec_preset(SPEC), tmp_path, impl="torch", device="cpu", resume=True, trainer=trainer)
+    with pytest.raises(InputError, match="preset: 'spec' there, 'other' now"):
+        sweep(tmp_path, trainer, spec=Preset("other", "", lambda quick, seeds: [lambda rows: []]), resume=True)
+    (tmp_path / "environment.json").unlink()
+    with pytest.raises(InputError, match=r"no environment\.json"):
+        sweep(tmp_path, trainer, resume=True)
+    assert trainer.groups == []
+
+
+def test_a_spec_that_only_changed_its_name_resumes(tmp_path: Path) -> None:
+    rows = sweep(tmp_path, spec=spec_preset(SPEC, "one")).rows
+    assert sweep(tmp_path, spec=spec_preset(SPEC, "other"), resume=True).rows == rows
+
+
+def test_resume_of_a_new_folder_starts_it(tmp_path: Path) -> None:
+    assert len(sweep(tmp_path / "new" / "deep", resume=True).rows) == 18
+
+
+def test_an_unwritable_folder_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "a" / "runs.jsonl").mkdir(parents=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "runs.jsonl").symlink_to(tmp_path / "nowhere" / "runs.jsonl")
+    trainer = Fake()
+    for out in (tmp_path / "file" / "below", tmp_path / "file", tmp_path / "a", tmp_path / "b"):
+        with pytest.raises(InputError, match=f"--out {out}: cannot be written: "):
+            sweep(out, trainer)
+    assert trainer.groups == []
+
+
+def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="--device 'gpu': must be one of auto, cpu, cuda"):
+        run_sweep(spec_preset(SPEC), out, device="gpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(InputError, match=r"--device cuda: torch .* finds no CUDA device"):
+        run_sweep(spec_preset(SPEC), out, device="cuda")
+    with pytest.raises(InputError, match="--impl 'jax': must be one of auto, numba, torch"):
+        run_sweep(spec_preset(SPEC), out, impl="jax")
+    with pytest.raises(InputError, match="seeds = 0: must be an integer >= 1"):
+        run_sweep(spec_preset(SPEC), out, seeds=0)
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    with pytest.raises(InputError, match=r'duckdb not installed: pip install "moesaic\[bench\]"'):
+        run_sweep(spec_preset(SPEC), out)
+    assert not out.exists()
+
+
+def test_progress_in_a_log_is_whole_lines_with_rate_eta_and_loss(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fault(group: Sequence[PlannedRun]) -> None:
+        if group[0].run.seed == 0 and len(group) == 1:
+            raise ValueError("bad luck")
+        if len(group) == 2 and group[0].run.toy.n_hidden == 3:
+            raise ValueError("bad luck")
+
+    sweep(tmp_path, Fake(fault), progress=True)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "\r" not in captured.err
+    lines = captured.err.splitlines()
+    assert all(line.strip() == line != "" for line in lines)
+    assert "0.00/72.0" in lines[0]
+    failed = [line for line in lines if line.startswith("failed: run ")]
+    assert len(failed) == 2
+    assert all("ValueError: bad luck" in line for line in failed)
+    assert lines[-1].startswith("spec: 100%")
+    assert "72.0/72.0" in lines[-1]
+    assert "model-steps/s" in lines[-1]
+    assert "loss 0.5" in lines[-1]
+
+
+def test_a_reason_is_one_line_with_its_place() -> None:
+    with pytest.raises(ValueError, match="two") as caught:
+        raise ValueError("two\nlines")
+    assert reason(caught.value).startswith("ValueError: two lines (test_sweep.py:")
+    assert reason(ValueError("no place")) == "ValueError: no place"

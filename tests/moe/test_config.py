@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from moesaic.moe import FeatureConfig, Run, ToyConfig, TrainConfig
+
+
+def test_flat_round_trip_and_key() -> None:
+    run = Run(ToyConfig(128, 4, 16, 2, gate="switch"), FeatureConfig("clustered", 0.5, n_clusters=16), TrainConfig(lr=0.01), seed=3)
+    assert Run.from_flat(run.flat()) == run
+    assert Run.from_flat(run.flat()).key == run.key
+    assert dataclasses.replace(run, seed=4).key != run.key
+
+
+def test_key_does_not_depend_on_int_or_float_spelling() -> None:
+    assert Run(training=TrainConfig(lr=1)).key == Run(training=TrainConfig(lr=1.0)).key
+
+
+def test_key_is_stable_across_versions() -> None:
+    # Changing this breaks --resume on every folder out there.
+    assert Run().key == "1219a2767ee6e82f93d16ac4e846acf061be1d20ba8e216873fe6dee97641bf0"
+
+
+def test_group_joins_what_can_be_stacked() -> None:
+    base = Run(ToyConfig(8, 2, 4))
+    assert dataclasses.replace(base, seed=1).group == base.group
+    assert Run(ToyConfig(8, 2, 4, gate="switch"), FeatureConfig("exactly_k", n_active=2), TrainConfig(lr=1.0)).group == base.group
+    assert Run(ToyConfig(8, 2, 2)).group != base.group
+    assert Run(ToyConfig(8, 2, 4), training=TrainConfig(steps=5)).group != base.group
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"top_k": 3, "n_experts": 2}, r"top_k=3: takes 1 to n_experts=2"),
+        ({"n_features": 0}, r"n_features=0: takes a finite number >= 1"),
+        ({"n_features": 2.5}, r"n_features=2.5: takes a value of type int"),
+        ({"feature_probability": 0.0}, r"feature_probability=0.0: takes a number in \(0, 1\]"),
+        ({"feature_probability": float("nan")}, "feature_probability=nan"),
+        ({"gate": "hard"}, r"gate='hard': takes one of paper, switch"),
+        ({"tied": 1}, r"tied=1: takes a value of type bool"),
+        ({"n_feature": 4}, r"unknown key 'n_feature' \(= 4\): takes .*n_features"),
+        ({"features": "clustered"}, r"n_clusters=0: takes a finite number >= 1"),
+        ({"features": "clustered", "n_clusters": 3}, r"n_clusters=3: takes a divisor of n_features=5"),
+        ({"n_clusters": 5}, r"n_clusters=5: takes 0 when features='independent'"),
+        ({"features": "anticorrelated", "group_size": 5, "feature_probability": 0.3}, r"at most 1/group_size = 0.2"),
+        ({"features": "exactly_k", "n_active": 6}, r"n_active=6: takes 1 to n_features=5"),
+        ({"features": "power_law", "feature_probability": 0.9}, r"feature_probability=0.9: takes at most"),
+        ({"n_experts": 8, "router_init": "k_hot"}, r"router_init='k_hot'"),
+        ({"beta1": 1.0}, r"beta1=1.0: takes a number in \[0, 1\)"),
+        ({"eps": 0.0}, "eps=0.0"),
+        ({"importance_base": -1.0}, "importance_base=-1.0"),
+        ({"steps": -1}, "steps=-1"),
+        ({"lr": float("inf")}, "lr=inf"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_refuses_naming_key_value_and_what_is_allowed(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Run.from_flat(values)
+
+
+def test_learning_rate_schedules() -> None:
+    assert [TrainConfig(steps=4, lr=1.0).lr_at(t) for t in range(4)] == [1.0] * 4
+    assert [TrainConfig(steps=4, lr=1.0, schedule="linear").lr_at(t) for t in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    cosine = [TrainConfig(steps=4, lr=1.0, schedule="cosine").lr_at(t) for t in range(4)]
+    assert cosine == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
+    assert [TrainConfig(steps=4, lr=1.0, warmup_steps=2).lr_at(t) for t in range(4)] == [0.5, 1.0, 1.0, 1.0]
