@@ -38,7 +38,9 @@ def _stripes(x: Tensor) -> Callable[[int, int], Tensor]:
 
 class _DecodeLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, x: Tensor, weight: Tensor, bias: Tensor, importance: Tensor, stripe: int) -> Tensor:
+    def forward(
+        ctx: Any, h: Tensor, x: Tensor, weight: Tensor, bias: Tensor, importance: Tensor, stripe: int
+    ) -> Tensor:
         target, loss = _stripes(x), h.new_zeros((), dtype=torch.float64)
         for start in range(0, weight.shape[0], stripe):
             at = slice(start, start + stripe)
@@ -50,7 +52,7 @@ class _DecodeLoss(torch.autograd.Function):
         return (loss / max(1, h.shape[0])).to(h.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
         h, x, weight, bias, importance = ctx.saved_tensors
         need_h, _, need_weight, need_bias, *_ = ctx.needs_input_grad
         target, scale = _stripes(x), 2 * grad / max(1, h.shape[0])
@@ -75,8 +77,8 @@ def decode_loss(
 ) -> Tensor:
     """Return L = (1/B) Σ_b Σ_i I_i (x_bi − ReLU(h_b · W_i + b_i))², a scalar of h's type, accumulated in float64.
 
-    Differentiable in h, weight and bias; for a tied model, the encoder's part of weight's gradient comes through h. Memory beyond
-    inputs and gradients is O(B · stripe + nnz).
+    Differentiable in h, weight and bias; for a tied model, the encoder's part of weight's gradient comes through h.
+    Memory beyond inputs and gradients is O(B · stripe + nnz).
 
     Args:
         h: (B, m).
@@ -98,5 +100,5 @@ def decode_loss(
             raise ValueError(f"{name}: takes {shape} {weight.dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
     if stripe < 1:
         raise ValueError(f"stripe={stripe}: takes an integer >= 1")
-    loss: Tensor = _DecodeLoss.apply(h, x, weight, bias, importance, stripe)  # type: ignore[no-untyped-call]
+    loss: Tensor = _DecodeLoss.apply(h, x, weight, bias, importance, stripe)
     return loss

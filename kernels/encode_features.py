@@ -1,6 +1,6 @@
 """Encoding of sparse feature vectors.
 
-    h_b = Σ_i x_bi W_i          x (B, n), W (n, m), h (B, m)
+h_b = Σ_i x_bi W_i          x (B, n), W (n, m), h (B, m)
 """
 
 from __future__ import annotations

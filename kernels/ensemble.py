@@ -87,12 +87,20 @@ class EnsembleSettings:
 
 
 def train_ensemble(
-    shape: EnsembleShape, settings: EnsembleSettings, state: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: Tensor, *, first_step: int = 0
+    shape: EnsembleShape,
+    settings: EnsembleSettings,
+    state: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: Tensor,
+    *,
+    first_step: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Train S models for lr.shape[1] steps in place, each from its own samples, and return the training losses.
 
-    The result of a model depends neither on the other models, nor on how many steps one call covers, nor on the thread count.
-    CPU only so far, fp32, one thread per model at a time; memory beyond the state is about 6·P + B·(n + E) floats per thread.
+    The result of a model depends neither on the other models, nor on how many steps one call covers, nor on the thread
+    count. CPU only so far, fp32, one thread per model at a time; memory beyond the state is about 6·P + B·(n + E)
+    floats per thread.
 
     Args:
         shape: the common sizes.
@@ -121,12 +129,21 @@ def train_ensemble(
         "gate": (settings.gate, (s,), torch.int64),
         "seeds": (settings.seeds, (s,), torch.int64),
         "scale": (settings.scale, (s,), torch.float32),
-        **{name: (getattr(settings, name), (s,), torch.float64) for name in ("weight_decay", "beta1", "beta2", "eps", "load_balance")},
+        **{
+            name: (getattr(settings, name), (s,), torch.float64)
+            for name in ("weight_decay", "beta1", "beta2", "eps", "load_balance")
+        },
     }
     for name, (tensor, size, dtype) in expected.items():
-        if tuple(tensor.shape) != size or tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        if (
+            tuple(tensor.shape) != size
+            or tensor.dtype != dtype
+            or tensor.device.type != "cpu"
+            or not tensor.is_contiguous()
+        ):
             raise ValueError(
-                f"{name}: takes a contiguous CPU tensor {size} {dtype}, got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+                f"{name}: takes a contiguous CPU tensor {size} {dtype}, "
+                f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
     if not 0 <= first_step <= 2**32 - lr.shape[1]:
         raise ValueError(f"first_step={first_step}: takes an integer from 0 to 2**32 - steps")
@@ -134,9 +151,9 @@ def train_ensemble(
     kind, probability, size = settings.features.numpy()
     numba_twin("toy_cpu").train_models(
         n, shape.n_hidden, shape.n_experts, shape.top_k, shape.shared_hidden, shape.tied, shape.batch_size,
-        state.numpy(), exp_avg.numpy(), exp_avg_sq.numpy(), kind, settings.seeds.numpy().view("uint64"), probability, size,
-        settings.importance.numpy(), settings.gate.numpy(), lr.numpy(), settings.weight_decay.numpy(), settings.beta1.numpy(),
-        settings.beta2.numpy(), settings.eps.numpy(), settings.load_balance.numpy(), settings.scale.numpy(), first_step,
-        losses.numpy(), load_losses.numpy(),
+        state.numpy(), exp_avg.numpy(), exp_avg_sq.numpy(), kind, settings.seeds.numpy().view("uint64"), probability,
+        size, settings.importance.numpy(), settings.gate.numpy(), lr.numpy(), settings.weight_decay.numpy(),
+        settings.beta1.numpy(), settings.beta2.numpy(), settings.eps.numpy(), settings.load_balance.numpy(),
+        settings.scale.numpy(), first_step, losses.numpy(), load_losses.numpy(),
     )  # fmt: skip
     return losses, load_losses

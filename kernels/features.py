@@ -1,7 +1,7 @@
 """Sampling of sparse feature vectors from named distributions, the same samples on every device.
 
 A present feature's value is U(0, 1); one random word serves both decisions where presence is a feature's own
-(present iff u < p, value u/p). Streams ``stream`` (features) and ``stream + 1`` (structure: clusters, groups, subsets) are used.
+(present iff u < p, value u/p). Features use ``stream``; structure (clusters, groups, subsets) uses ``stream + 1``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class FeatureTable:
 
     Attributes:
         kind: (S,) int64, one of ``INDEPENDENT``, ``CORRELATED``, ``ANTICORRELATED``, ``CLUSTERED``, ``EXACTLY_K``.
-        probability: (S, n) float32, p of each feature (inside the active cluster for ``CLUSTERED``; constant within a group).
+        probability: (S, n) float32, p of each feature (for ``CLUSTERED``, inside the active cluster).
         size: (S,) int64, features per group or cluster, or the number of active features; unused for ``INDEPENDENT``.
     """
 
@@ -35,12 +35,16 @@ class FeatureTable:
     def __post_init__(self) -> None:
         s, n = self.probability.shape
         if self.kind.shape != (s,) or self.size.shape != (s,):
-            raise ValueError(f"kind, size: take shape ({s},), got {tuple(self.kind.shape)} and {tuple(self.size.shape)}")
+            raise ValueError(
+                f"kind, size: take shape ({s},), got {tuple(self.kind.shape)} and {tuple(self.size.shape)}"
+            )
         if s and not bool(((self.probability > 0) & (self.probability <= 1)).all()):
             raise ValueError("probability: takes numbers in (0, 1]")
         structured = self.kind != INDEPENDENT
         grouped = structured & (self.kind != EXACTLY_K)
-        if bool((structured & ((self.size < 1) | (self.size > n))).any()) or bool((grouped & (n % self.size.clamp(min=1) != 0)).any()):
+        if bool((structured & ((self.size < 1) | (self.size > n))).any()) or bool(
+            (grouped & (n % self.size.clamp(min=1) != 0)).any()
+        ):
             raise ValueError(f"size={self.size.tolist()}: takes divisors of n={n} (for exactly-k data, 1 to n)")
 
     def numpy(self) -> tuple[Any, Any, Any]:
@@ -62,21 +66,27 @@ def sample_features(table: FeatureTable, batch_size: int, *, seeds: Tensor, step
         ValueError: for shapes that do not match.
     """
     if seeds.shape != table.kind.shape:
-        raise ValueError(f"seeds: takes shape {tuple(table.kind.shape)}, one per model of the table, got {tuple(seeds.shape)}")
+        raise ValueError(
+            f"seeds: takes shape {tuple(table.kind.shape)}, one per model of the table, got {tuple(seeds.shape)}"
+        )
     if seeds.device.type == "cpu":
         out = torch.empty(seeds.shape[0], batch_size, table.probability.shape[1], dtype=torch.float32)
         kind, probability, size = table.numpy()
-        numba_twin("toy_cpu").sample_dense(kind, seeds.numpy().view("uint64"), step, stream, probability, size, out.numpy())
+        numba_twin("toy_cpu").sample_dense(
+            kind, seeds.numpy().view("uint64"), step, stream, probability, size, out.numpy()
+        )
         return out
     return sample_features_reference(table, batch_size, seeds=seeds, step=step, stream=stream)
 
 
-def sample_features_reference(table: FeatureTable, batch_size: int, *, seeds: Tensor, step: int = 0, stream: int = 0) -> Tensor:
+def sample_features_reference(
+    table: FeatureTable, batch_size: int, *, seeds: Tensor, step: int = 0, stream: int = 0
+) -> Tensor:
     """Compute ``sample_features`` in plain PyTorch on any device."""
-    n = table.probability.shape[1]
+    n, probability = table.probability.shape[1], table.probability.to(seeds.device)
     return torch.stack([
         _sample_one(int(kind), p, int(size), batch_size, n, seeds[s : s + 1], step, stream)
-        for s, (kind, p, size) in enumerate(zip(table.kind, table.probability.to(seeds.device), table.size, strict=True))
+        for s, (kind, p, size) in enumerate(zip(table.kind, probability, table.size, strict=True))
     ])  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """Counter-based uniform random numbers, the same bits on every device.
 
-    u[s, row, 4·block + w] = word w of Philox4x32-10(key = seeds[s], counter = (row, block, step, stream)), mapped to [0, 1)
+    u[s, row, 4·block + w] = unit(word w of Philox4x32-10(key = seeds[s], counter = (row, block, step, stream)))
 
-Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11); the map to [0, 1) is Triton's.
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11); unit, the map to
+[0, 1), is Triton's.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def _philox_uniform_kernel(Out, Seeds, step, stream, n_rows, n_cols, n_blocks, B
     base = Out + (model.to(tl.int64) * n_rows + row) * n_cols
     for w in tl.static_range(4):
         col = block * 4 + w
-        tl.store(base + col, tl.random.uint_to_uniform_float(words[w]), mask=(index < n_rows * n_blocks) & (col < n_cols))
+        tl.store(
+            base + col, tl.random.uint_to_uniform_float(words[w]), mask=(index < n_rows * n_blocks) & (col < n_cols)
+        )
 
 
 def _launch(seeds: Tensor, step: int, stream: int, n_rows: int, n_cols: int) -> Tensor:
@@ -60,7 +63,7 @@ def philox_uniform(seeds: Tensor, n_rows: int, n_cols: int, *, step: int = 0, st
 
 
 def philox_uniform_reference(seeds: Tensor, n_rows: int, n_cols: int, *, step: int = 0, stream: int = 0) -> Tensor:
-    """Compute ``philox_uniform`` in plain PyTorch integer arithmetic; the products wrap, and their low 64 bits are exact."""
+    """Compute ``philox_uniform`` in PyTorch integers; the products wrap, and their low 64 bits are exact."""
     low = 0xFFFFFFFF
     blocks = (n_cols + 3) // 4
     index = torch.arange(n_rows * blocks, device=seeds.device)

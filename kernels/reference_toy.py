@@ -1,4 +1,4 @@
-"""Plain-PyTorch oracles of the toy-model ops, any float dtype: every expert is computed for every sample, and masked."""
+"""Plain-PyTorch oracles of the toy-model ops, any float dtype: every expert is computed everywhere, then masked."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def encode_features(x: Tensor, weight: Tensor) -> Tensor:
-    """h = x W."""
+    """Return h = x W."""
     return x @ weight
 
 
 def decode_loss(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor, importance: Tensor | None = None) -> Tensor:
-    """L = (1/B) Σ_b Σ_i I_i (x_bi − ReLU(h_b · W_i + b_i))²."""
+    """Return L = (1/B) Σ_b Σ_i I_i (x_bi − ReLU(h_b · W_i + b_i))²."""
     error = (x - torch.relu(h @ weight.T + bias)).square()
     return (error if importance is None else error * importance).sum() / x.shape[0]
 
@@ -32,7 +32,8 @@ def toy_loss(
     """Reconstruction and load-balance loss of one toy model, by the equations of ``ToyConfig`` and ``TrainConfig``.
 
     Args:
-        parameters: sections of one model: weight (E, n, m), bias (E, n), router (E, n), and decoder, shared_* where it has them.
+        parameters: sections of one model: weight (E, n, m), bias (E, n), router (E, n), and decoder, shared_* where it
+            has them.
         x: (B, n).
         top_k: k.
         gate: the gate's name.
@@ -48,7 +49,9 @@ def toy_loss(
     chosen.scatter_(1, order, 1.0)
     renormalised = probs * chosen / (probs * chosen).sum(-1, keepdim=True)
     straight = renormalised.detach() + (probs - probs.detach()) * chosen
-    weights = {"switch": probs * chosen, "sigmoid": torch.sigmoid(scores) * chosen, "straight_through": straight}.get(gate, renormalised)
+    weights = {"switch": probs * chosen, "sigmoid": torch.sigmoid(scores) * chosen, "straight_through": straight}.get(
+        gate, renormalised
+    )
     out = torch.zeros_like(x)
     for e in range(weight.shape[0]):
         decoder = parameters.get("decoder", weight)[e]

@@ -13,11 +13,12 @@ INDEPENDENT, CORRELATED, ANTICORRELATED, CLUSTERED, EXACTLY_K = range(5)
 
 _LANES = 16
 # Reassociation and contraction let LLVM use SIMD; NaN and infinity keep their meaning, so a diverged run is seen.
-# A loop that sums must not also store: LLVM would choose between a SIMD and a scalar version by the arrays' addresses, and the
-# sum's bits with it.
+# A loop that sums must not also store: LLVM would choose between a SIMD and a scalar version by the arrays' addresses,
+# and the sum's bits with it.
 _MATH = {"contract", "reassoc", "nsz"}
 
-# The generator is Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11): multipliers, then Weyl key increments.
+# The generator is Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11): multipliers, then Weyl key
+# increments.
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
@@ -35,7 +36,7 @@ def _unit(word):
 
 @njit(error_model="numpy", nogil=True)
 def uniform_row(key, row, step, stream, words, out):
-    """Fill ``out`` (length ≤ 4·blocks) with U[0, 1): word w of counter (row, block, step, stream) is element 4·block + w.
+    """Fill ``out`` with U[0, 1): element 4·block + w is word w of counter (row, block, step, stream).
 
     ``words`` (4, blocks) uint32 is scratch: with the four words of a counter apart, the rounds vectorise over blocks.
     """
@@ -76,7 +77,7 @@ def _thin(u, p, x):
 
 @njit(error_model="numpy", nogil=True)
 def feature_row(kind, key, row, step, stream, p, size, words, u, v, order, x):
-    """Write one sample into x (n); words (4, ⌈n/4⌉), u, v and order (n) are scratch. Streams ``stream`` and ``stream + 1`` are used."""
+    """Write one sample into x (n); words (4, ⌈n/4⌉), u, v and order (n) are scratch."""
     n = x.shape[0]
     if kind == EXACTLY_K:
         uniform_row(key, row, step, stream, words, u)
@@ -136,7 +137,7 @@ def sample_dense(kind, seeds, step, stream, p, size, out):
 
 @njit(nogil=True, error_model="numpy", fastmath=_MATH)
 def _encode(x, active, n_active, weight, weight_t, h):
-    """h = x W, through the transpose where x is dense (n_active < 0), else by gathering the active rows."""
+    """Compute h = x W, through the transpose where x is dense (n_active < 0), else by gathering the active rows."""
     m = h.shape[0]
     if n_active < 0:
         for j in range(m):
@@ -155,14 +156,16 @@ def _encode(x, active, n_active, weight, weight_t, h):
 
 @njit(nogil=True, error_model="numpy", fastmath=_MATH)
 def _decode(h, decoder_t, bias, y):
-    """y = ReLU(h Dᵀ + b), four hidden units per sweep over the features."""
+    """Compute y = ReLU(h Dᵀ + b), four hidden units per sweep over the features."""
     m, n = h.shape[0], y.shape[0]
     for i in range(n):
         y[i] = bias[i]
     for j in range(0, m - 3, 4):
         h0, h1, h2, h3 = h[j], h[j + 1], h[j + 2], h[j + 3]
         for i in range(n):
-            y[i] += h0 * decoder_t[j, i] + h1 * decoder_t[j + 1, i] + h2 * decoder_t[j + 2, i] + h3 * decoder_t[j + 3, i]
+            y[i] += (
+                h0 * decoder_t[j, i] + h1 * decoder_t[j + 1, i] + h2 * decoder_t[j + 2, i] + h3 * decoder_t[j + 3, i]
+            )
     for j in range(m // 4 * 4, m):
         for i in range(n):
             y[i] += h[j] * decoder_t[j, i]
@@ -171,7 +174,9 @@ def _decode(h, decoder_t, bias, y):
 
 
 @njit(nogil=True, error_model="numpy", fastmath=_MATH)
-def _expert_backward(x, active, n_active, gate, residual, y, h, decoder_t, dz, dh, g_bias, g_decoder_t, g_weight, g_weight_t):
+def _expert_backward(
+    x, active, n_active, gate, residual, y, h, decoder_t, dz, dh, g_bias, g_decoder_t, g_weight, g_weight_t
+):
     """Add one expert's gradients for one sample, given dL/dx' in ``residual``; the gate weight is ``gate``."""
     m, n = h.shape[0], y.shape[0]
     for i in range(n):
@@ -305,8 +310,8 @@ def _adamw(theta, grad, exp_avg, exp_avg_sq, lr, decay, beta1, beta2, eps, step)
     """Loshchilov and Hutter's AdamW, in the order of operations of torch.optim.AdamW."""
     step_size = np.float32(lr / (1.0 - beta1 ** (step + 1)))
     root = np.float32(1.0 / np.sqrt(1.0 - beta2 ** (step + 1)))
-    keep, one1, b2, one2 = np.float32(1.0 - lr * decay), np.float32(1.0 - beta1), np.float32(beta2), np.float32(1.0 - beta2)
-    small = np.float32(eps)
+    keep, small = np.float32(1.0 - lr * decay), np.float32(eps)
+    one1, b2, one2 = np.float32(1.0 - beta1), np.float32(beta2), np.float32(1.0 - beta2)
     for i in range(theta.shape[0]):
         g = grad[i]
         exp_avg[i] += one1 * (g - exp_avg[i])
@@ -395,7 +400,7 @@ def _train_model(
             balance += load[e] * mean / batch
         load_losses[local] = np.float32(load_balance * n_experts * balance)
 
-        loss = 0.0
+        loss = np.float64(0.0)
         for b in range(batch):
             row = x[b]
             n_active = 0
@@ -421,10 +426,10 @@ def _train_model(
             for i in range(padded):
                 out[i] -= row[i]
                 residual[i] = np.float32(2.0) * scale * importance_row[i] * out[i]
-            total = np.float32(0.0)
+            error = np.float32(0.0)
             for i in range(padded):
-                total += importance_row[i] * out[i] * out[i]
-            loss += total
+                error += importance_row[i] * out[i] * out[i]
+            loss += error
             for j in range(k):
                 e = ids[b, j]
                 dot = np.float32(0.0)
@@ -468,7 +473,7 @@ def train_models(
     n, m, n_experts, k, m0, tied, batch, theta, exp_avg, exp_avg_sq, kind, seeds, p, size, importance, gate, lr, decay,
     beta1, beta2, eps, load_balance, scale, first_step, losses, load_losses,
 ):  # fmt: skip
-    """Train S models; every per-model argument has S as its first axis, and a model's result does not depend on the others."""
+    """Train S models: the first axis of every per-model argument. A model's bits do not depend on the others."""
     for s in prange(theta.shape[0]):
         _train_model(
             n, m, n_experts, k, m0, tied, batch, theta[s], exp_avg[s], exp_avg_sq[s], kind[s], seeds[s], p[s], size[s],

@@ -16,7 +16,9 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, dict(metadata))
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, dict(metadata)
+        )
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         partial.replace(path)

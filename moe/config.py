@@ -34,7 +34,7 @@ def _at_least(name: str, value: float, low: float) -> None:
 class ToyConfig:
     """Architecture of a toy model of superposition, dense (E = 1) or mixture of experts.
 
-    x' = [y_0] + Σ_{e ∈ top-k} w_e y_e,  y_e = ReLU(x W_e D_eᵀ + b_e),  D_e = W_e when tied;  s = x · routerᵀ chooses and weighs.
+    x' = [y_0] + Σ_{e ∈ top-k} w_e y_e,  y_e = ReLU(x W_e D_eᵀ + b_e),  D_e = W_e when tied;  s = x · routerᵀ.
 
     Gates, with g = softmax(s) over all E experts and S the k largest s (ties: lowest id first):
       ``paper``             w_e = g_e / Σ_{j∈S} g_j. At k = 1 this is 1 and the router gets no reconstruction gradient.
@@ -60,8 +60,8 @@ class ToyConfig:
         shared_hidden: m_0, width of an expert that always computes, with weight 1; 0 for none.
         tied: whether the decoder is the encoder's transpose.
         parametrization: named initial values.
-        router_init: ``default`` (as the parametrisation says), ``k_hot`` (a random permutation of the features split E ways, 1 each;
-            trainable) or ``diagonal`` (router[e, e] = 1).
+        router_init: ``default`` (as the parametrisation says), ``k_hot`` (a random permutation of the features split E
+            ways, 1 each; trainable) or ``diagonal`` (router[e, e] = 1).
 
     Raises:
         ValueError: naming the field, its value and what it takes.
@@ -107,8 +107,8 @@ class FeatureConfig:
       ``clustered``       one of ``n_clusters`` equal blocks is drawn per sample; inside it each feature is present with
                           probability p, outside none is.
       ``exactly_k``       exactly ``n_active`` features are present, uniformly chosen.
-    Importance: ``uniform`` 1; ``geometric`` base^i; ``permuted`` base^perm(i); ``log`` base^(−i/(n−1)); ``last`` 1, but base for the
-    last feature.
+    Importance: ``uniform`` 1; ``geometric`` base^i; ``permuted`` base^perm(i); ``log`` base^(−i/(n−1)); ``last`` 1, but
+    base for the last feature.
 
     Raises:
         ValueError: naming the field, its value and what it takes.
@@ -131,7 +131,12 @@ class FeatureConfig:
         if not (math.isfinite(self.importance_base) and self.importance_base > 0):
             raise ValueError(f"importance_base={self.importance_base!r}: takes a finite number > 0")
         _at_least("power_law_exponent", self.power_law_exponent, 0)
-        needs = {"correlated": "group_size", "anticorrelated": "group_size", "clustered": "n_clusters", "exactly_k": "n_active"}
+        needs = {
+            "correlated": "group_size",
+            "anticorrelated": "group_size",
+            "clustered": "n_clusters",
+            "exactly_k": "n_active",
+        }
         for name in ("group_size", "n_clusters", "n_active"):
             wanted = needs.get(self.features) == name
             value = getattr(self, name)
@@ -141,8 +146,9 @@ class FeatureConfig:
                 raise ValueError(f"{name}={value!r}: takes 0 when features={self.features!r} (it would be ignored)")
         if self.features == "anticorrelated" and self.group_size * self.feature_probability > 1:
             raise ValueError(
-                f"feature_probability={self.feature_probability!r}: takes at most 1/group_size = {1 / self.group_size:g} when "
-                "features='anticorrelated'"
+                f"feature_probability={self.feature_probability!r}: takes at most 1/group_size = "
+                f"{1 / self.group_size:g} "
+                "when features='anticorrelated'"
             )
 
 
@@ -150,10 +156,12 @@ class FeatureConfig:
 class TrainConfig:
     """Optimisation by AdamW (Loshchilov and Hutter 2019) on fresh samples at every step.
 
-    L = Σ_f I_f mean_b (x_bf − x'_bf)² [/ n when reduction is ``mean``] + load_balance · E Σ_e f_e P_e, where f_e is the share of
-    the B·k assignments that go to e (no gradient) and P_e the batch mean of softmax(s)_e. Frozen routers are not decayed.
+    L = Σ_f I_f mean_b (x_bf − x'_bf)² [/ n when reduction is ``mean``] + load_balance · E Σ_e f_e P_e, where f_e is the
+    share of the B·k assignments that go to e (no gradient) and P_e the batch mean of softmax(s)_e. Frozen routers are
+    not decayed.
 
-    Schedules of the learning rate over t = 0 … steps−1 after ``warmup_steps`` of linear rise: ``constant``, ``cosine`` and
+    Schedules of the learning rate over t = 0 … steps−1 after ``warmup_steps`` of linear rise: ``constant``, ``cosine``
+    and
     ``linear``; the last two fall to zero.
 
     Raises:
@@ -199,8 +207,8 @@ class TrainConfig:
 class Run:
     """One model to train: architecture, data, optimisation and seed.
 
-    The seed keys the initial weights and the stream of training samples; the held-out batch belongs to the data alone, so all
-    runs on the same features are judged on the same samples.
+    The seed keys the initial weights and the stream of training samples; the held-out batch belongs to the data alone,
+    so all runs on the same features are judged on the same samples.
 
     Raises:
         ValueError: naming the field, its value and what it takes.
@@ -225,8 +233,9 @@ class Run:
             mean = sum((i + 1) ** -self.features.power_law_exponent for i in range(n)) / n
             if self.features.feature_probability / mean > 1:
                 raise ValueError(
-                    f"feature_probability={self.features.feature_probability!r}: takes at most {mean:.4g} with features='power_law', "
-                    f"n_features={n} and power_law_exponent={self.features.power_law_exponent!r} (the largest p_i passes 1)"
+                    f"feature_probability={self.features.feature_probability!r}: takes at most {mean:.4g} with "
+                    f"features='power_law', "
+                    f"n_features={n}, power_law_exponent={self.features.power_law_exponent!r}: the largest p_i passes 1"
                 )
 
     def flat(self) -> dict[str, Any]:
@@ -239,7 +248,8 @@ class Run:
         """Build a run from flat keys; what is missing takes its default.
 
         Raises:
-            ValueError: for an unknown key, a value of the wrong type or out of range, naming key, value and what is allowed.
+            ValueError: for an unknown key, a value of the wrong type or out of range, naming key, value and what is
+                allowed.
         """
         checked = {}
         for key, value in values.items():
@@ -269,7 +279,8 @@ class Run:
 
 _KINDS = {"int": int, "float": float, "str": str, "bool": bool}
 _PARTS: dict[type, dict[str, type]] = {
-    kind: {f.name: _KINDS[str(f.type)] for f in dataclasses.fields(kind)} for kind in (ToyConfig, FeatureConfig, TrainConfig)
+    kind: {f.name: _KINDS[str(f.type)] for f in dataclasses.fields(kind)}
+    for kind in (ToyConfig, FeatureConfig, TrainConfig)
 }
 _KNOWN: dict[str, type] = {name: kind for part in _PARTS.values() for name, kind in part.items()} | {"seed": int}
 

@@ -63,7 +63,9 @@ def feature_table(runs: Sequence[Run]) -> FeatureTable:
     """Return the distributions of stacked runs, which share n."""
     n = runs[0].toy.n_features
     sizes = [
-        run.features.group_size or run.features.n_active or (n // run.features.n_clusters if run.features.n_clusters else 1)
+        run.features.group_size
+        or run.features.n_active
+        or (n // run.features.n_clusters if run.features.n_clusters else 1)
         for run in runs
     ]
     return FeatureTable(
@@ -74,7 +76,7 @@ def feature_table(runs: Sequence[Run]) -> FeatureTable:
 
 
 def held_out(run: Run, n_samples: int = 8192) -> Tensor:
-    """Return the run's evaluation batch (n_samples, n): a function of its data and n alone, disjoint from every training stream."""
+    """Return the run's evaluation batch (n_samples, n): a function of its data and n alone, apart from all training."""
     if n_samples < 1:
         raise ValueError(f"n_samples={n_samples}: takes an integer >= 1")
     return sample_features(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 from moesaic.moe.config import ToyConfig
 
 # Standard deviations (weight, bias, router) as functions of n, m, E.
-_STD = {
-    "paper": lambda n, m, e: ((2 / ((n + e) * m)) ** 0.5, (2 / (n + e)) ** 0.5, (2 / (n + e)) ** 0.5),
-    "tms": lambda n, m, e: ((2 / (n + m)) ** 0.5, 0.0, (2 / (n + e)) ** 0.5),
-    "large_n": lambda n, m, e: (m**-0.5, 0.0, m**-0.5),
+_STD: dict[str, Callable[[int, int, int], tuple[float, float, float]]] = {
+    "paper": lambda n, m, e: (math.sqrt(2 / ((n + e) * m)), math.sqrt(2 / (n + e)), math.sqrt(2 / (n + e))),
+    "tms": lambda n, m, e: (math.sqrt(2 / (n + m)), 0.0, math.sqrt(2 / (n + e))),
+    "large_n": lambda n, m, e: (1 / math.sqrt(m), 0.0, 1 / math.sqrt(m)),
     "small": lambda n, m, e: (0.03, 0.0, 0.03),
 }
 _SECTIONS = ("weight", "bias", "router", "shared_weight", "shared_bias", "permutation")
@@ -46,7 +47,9 @@ def initial_router(config: ToyConfig, seed: int, n_clusters: int = 0) -> Tensor:
     return _normal(seed, "router", _STD[config.parametrization](n, config.n_hidden, e)[2], (e, n))
 
 
-def initial_parameters(configs: Sequence[ToyConfig], seeds: Sequence[int], n_clusters: Sequence[int]) -> dict[str, Tensor]:
+def initial_parameters(
+    configs: Sequence[ToyConfig], seeds: Sequence[int], n_clusters: Sequence[int]
+) -> dict[str, Tensor]:
     """Return the stacked initial values (S, …) of models that share n, m, E, m_0 and tied, by section name."""
     stacks: dict[str, list[Tensor]] = {}
     for config, seed, clusters in zip(configs, seeds, n_clusters, strict=True):

@@ -15,7 +15,7 @@ from moesaic.moe.init import initial_parameters
 
 
 class ToyRouting(NamedTuple):
-    """Gate weights (S, B, k), expert ids (S, B, k) int64 by falling score, and softmax(s) over all experts (S, B, E)."""
+    """Gate weights (S, B, k), expert ids (S, B, k) by falling score, and softmax(s) over all experts (S, B, E)."""
 
     weights: Tensor
     ids: Tensor
@@ -25,8 +25,8 @@ class ToyRouting(NamedTuple):
 class ToyModel(nn.Module):
     """S independent toy models of one shape: x' = [y_0] + Σ_{e ∈ top-k} w_e ReLU(x W_e D_eᵀ + b_e).
 
-    Only the k routed experts of a sample are computed. Gates and parametrisations are those of ``ToyConfig``. Sources: Elhage et
-    al. 2022, *Toy Models of Superposition*; arXiv 2510.23671 for the mixture.
+    Only the k routed experts of a sample are computed. Gates and parametrisations are those of ``ToyConfig``. Sources:
+    Elhage et al. 2022, *Toy Models of Superposition*; arXiv 2510.23671 for the mixture.
 
     Parameters: ``weight`` (S, E, n, m), ``decoder`` (S, E, n, m) if untied, ``bias`` (S, E, n), ``router`` (S, E, n);
     ``shared_weight`` (S, n, m_0), ``shared_decoder`` (S, n, m_0) if untied, ``shared_bias`` (S, n) if m_0 > 0.
@@ -48,9 +48,15 @@ class ToyModel(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter
     router: nn.Parameter
+    shared_weight: nn.Parameter
+    shared_bias: nn.Parameter
 
     def __init__(
-        self, config: ToyConfig | Sequence[ToyConfig], *, seeds: Sequence[int] = (0,), n_clusters: Sequence[int] | None = None
+        self,
+        config: ToyConfig | Sequence[ToyConfig],
+        *,
+        seeds: Sequence[int] = (0,),
+        n_clusters: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         configs = [config] * len(seeds) if isinstance(config, ToyConfig) else list(config)
@@ -67,7 +73,9 @@ class ToyModel(nn.Module):
     def from_runs(cls, runs: Sequence[Run]) -> ToyModel:
         """Return the untrained models of stacked runs."""
         return cls(
-            [run.toy for run in runs], seeds=[run.seed for run in runs], n_clusters=[run.features.n_clusters for run in runs]
+            [run.toy for run in runs],
+            seeds=[run.seed for run in runs],
+            n_clusters=[run.features.n_clusters for run in runs],
         )
 
     @property
@@ -106,7 +114,7 @@ class ToyModel(nn.Module):
         return ToyRouting(torch.stack([by_gate[gate][s] for s, gate in enumerate(gates)]), ids, probs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstruct x (S, B, n); a (B, n) input is given to every model, and the result is (B, n) if there is one model."""
+        """Reconstruct x (S, B, n), or (B, n) given to every model; one model and a (B, n) input give (B, n)."""
         stacked = self._stacked(x)
         out = self.reconstruct(stacked, self.route(stacked))
         return out[0] if x.dim() == 2 and self.n_models == 1 else out
@@ -141,5 +149,11 @@ class ToyModel(nn.Module):
 def ensemble_shape(config: ToyConfig, batch_size: int) -> EnsembleShape:
     """Return the sizes that models of this architecture share in a stack."""
     return EnsembleShape(
-        config.n_features, config.n_hidden, config.n_experts, config.top_k, config.shared_hidden, config.tied, batch_size
+        config.n_features,
+        config.n_hidden,
+        config.n_experts,
+        config.top_k,
+        config.shared_hidden,
+        config.tied,
+        batch_size,
     )

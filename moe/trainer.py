@@ -73,7 +73,10 @@ def train(
         features: the data; independent features with p = 0.1 by default.
         training: the optimisation; the paper's by default.
         seeds: one model each.
-        device, impl, callback, checkpoint: as in ``train_runs``.
+        device: as in ``train_runs``, like what follows.
+        impl: ``auto``, ``numba`` or ``torch``.
+        callback: called after every step.
+        checkpoint: a file to resume from and to write.
 
     Raises:
         ValueError: as in ``train_runs``.
@@ -100,13 +103,16 @@ def train_runs(
     """Train runs of one shape (equal ``Run.group``) together; each ends with the same bits as if trained alone.
 
     Args:
-        runs: at least one; they may differ in data, importance, gate, seed and optimisation, not in tensor shapes, steps or batch.
+        runs: at least one; they may differ in data, importance, gate, seed and optimisation, not in tensor shapes,
+            steps or batch.
         device: ``cpu`` or a CUDA device.
-        impl: ``numba`` (CPU; whole training without leaving compiled code), ``torch`` (autograd on the stack, any device), or
+        impl: ``numba`` (CPU; whole training without leaving compiled code), ``torch`` (autograd on the stack, any
+            device), or
             ``auto`` (``numba`` on a CPU). The two draw the same samples and agree up to rounding.
         callback: called after every step.
         progress: called now and then with the number of steps done since the last call and the stack's mean loss.
-        checkpoint: a file; if it exists, training resumes from it, bit for bit; it is rewritten every ``checkpoint_every`` steps.
+        checkpoint: a file; if it exists, training resumes from it, bit for bit; it is rewritten every
+            ``checkpoint_every`` steps.
         checkpoint_every: steps between checkpoints.
 
     Raises:
@@ -115,7 +121,9 @@ def train_runs(
     if not runs:
         raise ValueError("runs: takes at least one")
     if len({run.group for run in runs}) != 1:
-        raise ValueError(f"runs: take one shape, steps and batch size (Run.group), got {sorted({run.group for run in runs})}")
+        raise ValueError(
+            f"runs: take one shape, steps and batch size (Run.group), got {sorted({run.group for run in runs})}"
+        )
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: takes one of {', '.join(IMPLS)}")
     if impl == "auto":
@@ -146,7 +154,13 @@ def train_runs(
         if path is not None and (trainer.step % checkpoint_every == 0 or trainer.step == steps):
             trainer.save(path)
     return TrainResult(
-        runs, trainer.model, trainer.losses, trainer.load_losses, trainer.wall_s, impl, [_failure(row) for row in trainer.losses]
+        runs,
+        trainer.model,
+        trainer.losses,
+        trainer.load_losses,
+        trainer.wall_s,
+        impl,
+        [_failure(row) for row in trainer.losses],
     )
 
 
@@ -186,7 +200,13 @@ class _Trainer:
         window = slice(self.step, self.step + n_steps)
         if self.impl == "numba":
             self.losses[:, window], self.load_losses[:, window] = train_ensemble(
-                self.shape, self.settings, self.state, self.exp_avg, self.exp_avg_sq, self.lr[:, window].contiguous(), first_step=self.step
+                self.shape,
+                self.settings,
+                self.state,
+                self.exp_avg,
+                self.exp_avg_sq,
+                self.lr[:, window].contiguous(),
+                first_step=self.step,
             )
         else:
             for step in range(window.start, window.stop):
@@ -209,7 +229,10 @@ class _Trainer:
         load_loss = coefficient * (load * routing.probs.mean(1)).sum(1)
         sections = self.shape.sections()
         gradients = torch.autograd.grad(
-            (loss + load_loss).sum(), [getattr(model, name) for name in sections], allow_unused=True, materialize_grads=True
+            (loss + load_loss).sum(),
+            [getattr(model, name) for name in sections],
+            allow_unused=True,
+            materialize_grads=True,
         )
         with torch.no_grad():
             self._adamw(torch.cat([g.flatten(1) for g in gradients], dim=1), step)
@@ -217,7 +240,8 @@ class _Trainer:
 
     def _adamw(self, gradient: Tensor, step: int) -> None:
         column = {
-            name: getattr(self.settings, name).to(gradient.device)[:, None] for name in ("weight_decay", "beta1", "beta2", "eps")
+            name: getattr(self.settings, name).to(gradient.device)[:, None]
+            for name in ("weight_decay", "beta1", "beta2", "eps")
         }
         lr, beta1, beta2 = self.lr[:, step : step + 1].to(gradient.device), column["beta1"], column["beta2"]
         self.exp_avg.add_((1 - beta1).float() * (gradient - self.exp_avg))
@@ -234,15 +258,23 @@ class _Trainer:
         """Write models, optimiser and losses; the random state is (seed, step)."""
         tensors = {"state": self.state, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         tensors |= {"losses": self.losses[:, : self.step], "load_balance_losses": self.load_losses[:, : self.step]}
-        save_checkpoint(path, tensors, {"step": str(self.step), "wall_s": repr(self.wall_s), "impl": self.impl, "runs": self._keys()})
+        save_checkpoint(
+            path,
+            tensors,
+            {"step": str(self.step), "wall_s": repr(self.wall_s), "impl": self.impl, "runs": self._keys()},
+        )
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint of the same runs."""
         tensors, metadata = load_checkpoint(path)
         if metadata.get("runs") != self._keys():
-            raise ValueError(f"checkpoint={os.fspath(path)!r}: holds other runs than those asked for; give another file or remove it")
+            raise ValueError(
+                f"checkpoint={os.fspath(path)!r}: holds other runs than those asked for; give another file or remove it"
+            )
         if metadata["impl"] != self.impl:
-            raise ValueError(f"impl={self.impl!r}: the checkpoint was trained by impl={metadata['impl']!r}, and bits would differ")
+            raise ValueError(
+                f"impl={self.impl!r}: the checkpoint was trained by impl={metadata['impl']!r}, and bits would differ"
+            )
         self.step, self.wall_s = int(metadata["step"]), float(metadata["wall_s"])
         for name in ("state", "exp_avg", "exp_avg_sq"):
             getattr(self, name).copy_(tensors[name])
@@ -264,6 +296,8 @@ def _settings(runs: list[Run]) -> EnsembleSettings:
         importance=torch.stack([importance(run.features, n) for run in runs]),
         gate=torch.tensor([GATES.index(run.toy.gate) for run in runs]),
         seeds=torch.tensor([run.seed for run in runs]),
-        scale=torch.tensor([1 / (batch * (n if run.training.reduction == "mean" else 1)) for run in runs], dtype=torch.float32),
+        scale=torch.tensor(
+            [1 / (batch * (n if run.training.reduction == "mean" else 1)) for run in runs], dtype=torch.float32
+        ),
         **doubles,
     )

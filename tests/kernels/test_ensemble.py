@@ -26,7 +26,9 @@ SHAPES = [
 TOLERANCE = 1e-5
 
 
-def make(shape: EnsembleShape, gate: str, load_balance: float = 0.05, models: int = 2) -> tuple[EnsembleSettings, Tensor]:
+def make(
+    shape: EnsembleShape, gate: str, load_balance: float = 0.05, models: int = 2
+) -> tuple[EnsembleSettings, Tensor]:
     n = shape.n_features
     generator = torch.Generator().manual_seed(11)
     kind = torch.full((models,), INDEPENDENT)
@@ -45,7 +47,9 @@ def make(shape: EnsembleShape, gate: str, load_balance: float = 0.05, models: in
     return settings, torch.randn(models, shape.n_parameters, generator=generator) * 0.5
 
 
-def run(shape: EnsembleShape, settings: EnsembleSettings, state: Tensor, steps: int = 1, **kwargs: Any) -> tuple[Tensor, ...]:
+def run(
+    shape: EnsembleShape, settings: EnsembleSettings, state: Tensor, steps: int = 1, **kwargs: Any
+) -> tuple[Tensor, ...]:
     state = state.clone()
     m1, m2 = torch.zeros_like(state), torch.zeros_like(state)
     lr = torch.full((len(state), steps), 1e-2, dtype=torch.float64)
@@ -83,7 +87,7 @@ def worst(ours: Tensor, theirs: Tensor) -> float:
 def errors(shape: EnsembleShape, gate: str, mutation: str | None = None) -> dict[str, float]:
     settings, state = make(shape, gate)
     losses, balances, _, m1, _ = run(shape, settings, state)
-    found = {}
+    found: dict[str, float] = {}
     for model in range(2):
         loss, balance, gradients = oracle(shape, settings, state, gate, model, mutation)
         found |= {f"loss {model}": abs(float(losses[model, 0]) - loss) / loss}
@@ -127,7 +131,9 @@ def test_adamw_equals_torch() -> None:
     for step in range(20):
         x = sample_features(settings.features, shape.batch_size, seeds=settings.seeds, step=step)[0]
         parts = {name: view[0] for name, view in shape.split(theirs).items()}
-        loss, balance = toy_loss(parts, x, top_k=shape.top_k, gate="sigmoid", importance=settings.importance[0], load_balance=0.05)
+        loss, balance = toy_loss(
+            parts, x, top_k=shape.top_k, gate="sigmoid", importance=settings.importance[0], load_balance=0.05
+        )
         optimiser.zero_grad()
         (loss + balance).backward()
         optimiser.step()
@@ -148,7 +154,9 @@ def test_bits_do_not_depend_on_threads_cuts_or_neighbours() -> None:
     cut, m1, m2 = state.clone(), torch.zeros_like(state), torch.zeros_like(state)
     for first in (0, 2, 3):
         steps = {0: 2, 2: 1, 3: 3}[first]
-        train_ensemble(shape, settings, cut, m1, m2, torch.full((2, steps), 1e-2, dtype=torch.float64), first_step=first)
+        train_ensemble(
+            shape, settings, cut, m1, m2, torch.full((2, steps), 1e-2, dtype=torch.float64), first_step=first
+        )
     assert torch.equal(cut, whole[2])
     table = FeatureTable(*(getattr(settings.features, name)[1:] for name in ("kind", "probability", "size")))
     fields = {f.name: getattr(settings, f.name)[1:] for f in dataclasses.fields(settings) if f.name != "features"}

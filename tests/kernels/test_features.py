@@ -104,7 +104,9 @@ def neighbours(draw: object) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def test_streams_are_independent() -> None:
-    assert {name: z for name, pair in neighbours(sample_features).items() if (z := worst_correlation_z(*pair)) > 5} == {}
+    assert {
+        name: z for name, pair in neighbours(sample_features).items() if (z := worst_correlation_z(*pair)) > 5
+    } == {}
 
 
 def test_the_independence_test_sees_a_broken_counter() -> None:

@@ -53,14 +53,17 @@ from moesaic.kernels.philox import _launch, philox_uniform_reference
 seeds = torch.tensor([0, 1, 2**32 + 5, 2**63 - 1])
 for n_rows, n_cols, step, stream in [(1, 1, 0, 0), (5, 7, 3, 1), (70, 18, 2**32 - 1, 2**32 - 2)]:
     ours = _launch(seeds, step, stream, n_rows, n_cols)
-    assert torch.equal(ours, philox_uniform_reference(seeds, n_rows, n_cols, step=step, stream=stream)), (n_rows, n_cols)
+    theirs = philox_uniform_reference(seeds, n_rows, n_cols, step=step, stream=stream)
+    assert torch.equal(ours, theirs), (n_rows, n_cols)
 print("same bits")
 """
 
 
 def test_triton_kernel_in_the_interpreter_equals_reference_bit_for_bit() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.stdout.strip() == "same bits", done.stderr
 
 

@@ -9,7 +9,12 @@ from moesaic.moe import FeatureConfig, Run, ToyConfig, TrainConfig
 
 
 def test_flat_round_trip_and_key() -> None:
-    run = Run(ToyConfig(128, 4, 16, 2, gate="switch"), FeatureConfig("clustered", 0.5, n_clusters=16), TrainConfig(lr=0.01), seed=3)
+    run = Run(
+        ToyConfig(128, 4, 16, 2, gate="switch"),
+        FeatureConfig("clustered", 0.5, n_clusters=16),
+        TrainConfig(lr=0.01),
+        seed=3,
+    )
     assert Run.from_flat(run.flat()) == run
     assert Run.from_flat(run.flat()).key == run.key
     assert dataclasses.replace(run, seed=4).key != run.key
@@ -27,7 +32,10 @@ def test_key_is_stable_across_versions() -> None:
 def test_group_joins_what_can_be_stacked() -> None:
     base = Run(ToyConfig(8, 2, 4))
     assert dataclasses.replace(base, seed=1).group == base.group
-    assert Run(ToyConfig(8, 2, 4, gate="switch"), FeatureConfig("exactly_k", n_active=2), TrainConfig(lr=1.0)).group == base.group
+    assert (
+        Run(ToyConfig(8, 2, 4, gate="switch"), FeatureConfig("exactly_k", n_active=2), TrainConfig(lr=1.0)).group
+        == base.group
+    )
     assert Run(ToyConfig(8, 2, 2)).group != base.group
     assert Run(ToyConfig(8, 2, 4), training=TrainConfig(steps=5)).group != base.group
 

@@ -68,5 +68,7 @@ def test_ties_go_to_the_lowest_expert() -> None:
 
 
 def test_from_runs_takes_the_clusters_of_the_data() -> None:
-    runs = [Run.from_flat({"n_features": 8, "n_experts": 2, "gate": "oracle", "features": "clustered", "n_clusters": 4})]
+    runs = [
+        Run.from_flat({"n_features": 8, "n_experts": 2, "gate": "oracle", "features": "clustered", "n_clusters": 4})
+    ]
     assert ToyModel.from_runs(runs).router[0].sum(1).tolist() == [4.0, 4.0]

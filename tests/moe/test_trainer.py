@@ -11,7 +11,12 @@ from moesaic.moe import FeatureConfig, Run, ToyConfig, TrainConfig, TrainStep, t
 from moesaic.moe.config import GATES
 from moesaic.moe.trainer import _Trainer
 
-SHAPES = [ToyConfig(8, 2), ToyConfig(16, 3, 4, 1), ToyConfig(12, 2, 3, 2, shared_hidden=2), ToyConfig(12, 2, 3, 3, tied=False)]
+SHAPES = [
+    ToyConfig(8, 2),
+    ToyConfig(16, 3, 4, 1),
+    ToyConfig(12, 2, 3, 2, shared_hidden=2),
+    ToyConfig(12, 2, 3, 3, tied=False),
+]
 FAST = TrainConfig(steps=200, batch_size=64, lr=3e-3, schedule="cosine", reduction="sum", load_balance=0.01)
 
 
@@ -37,9 +42,16 @@ def disagreement(shape: ToyConfig, changed: TrainConfig = FAST) -> dict[str, flo
     }
 
 
-# Two fp32 trajectories stay at rounding distance until a sample falls on the two sides of a ReLU's kink, which one in some
-# twenty models meets within 200 steps; hence a tight bound on what is typical, and a wide one (a few steps of Adam) on the worst.
-ALLOWED = {"typical loss": 2e-6, "worst loss": 5e-3, "worst balance": 1e-4, "typical weight": 1e-5, "worst weight": 2e-2}
+# Two fp32 trajectories stay at rounding distance until a sample falls on the two sides of a ReLU's kink, which one in
+# some twenty models meets within 200 steps; hence a tight bound on what is typical, and a wide one (a few steps of
+# Adam) on the worst.
+ALLOWED = {
+    "typical loss": 2e-6,
+    "worst loss": 5e-3,
+    "worst balance": 1e-4,
+    "typical weight": 1e-5,
+    "worst weight": 2e-2,
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda c: f"{c.n_features}-{c.n_hidden}-{c.n_experts}-{c.top_k}")
@@ -47,7 +59,9 @@ def test_numba_and_torch_agree_over_200_steps(shape: ToyConfig) -> None:
     assert {name: value for name, value in disagreement(shape).items() if not value < ALLOWED[name]} == {}
 
 
-@pytest.mark.parametrize("change", [{"weight_decay": 0.0}, {"beta2": 0.998}, {"load_balance": 0.0}, {"schedule": "linear"}])
+@pytest.mark.parametrize(
+    "change", [{"weight_decay": 0.0}, {"beta2": 0.998}, {"load_balance": 0.0}, {"schedule": "linear"}]
+)
 def test_the_agreement_can_fail(change: dict[str, Any]) -> None:
     found = disagreement(SHAPES[1], dataclasses.replace(FAST, **change))
     assert found["typical weight"] > 10 * ALLOWED["typical weight"]
@@ -81,7 +95,9 @@ def test_resumes_from_a_checkpoint_bit_for_bit(impl: str, tmp_path: Path, monkey
         train_runs(runs, impl=impl, checkpoint=file, checkpoint_every=10)
     monkeypatch.setattr(_Trainer, "advance", advance)
     steps: list[int] = []
-    resumed = train_runs(runs, impl=impl, checkpoint=file, checkpoint_every=10, callback=lambda step: steps.append(step.step))
+    resumed = train_runs(
+        runs, impl=impl, checkpoint=file, checkpoint_every=10, callback=lambda step: steps.append(step.step)
+    )
     assert steps[0] in (20, 30)
     assert torch.equal(resumed.losses, whole.losses)
     assert all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True))
@@ -119,7 +135,10 @@ def test_callback_sees_every_step_and_the_models_of_then() -> None:
 
 
 def test_frozen_routers_stay_and_are_not_decayed() -> None:
-    runs = [Run(ToyConfig(8, 2, 4, gate=gate), training=dataclasses.replace(FAST, steps=10)) for gate in ("random", "oracle", "switch")]
+    runs = [
+        Run(ToyConfig(8, 2, 4, gate=gate), training=dataclasses.replace(FAST, steps=10))
+        for gate in ("random", "oracle", "switch")
+    ]
     for impl in ("numba", "torch"):
         before = _Trainer(runs, "cpu", impl).model.router.detach().clone()
         moved = (train_runs(runs, impl=impl).model.router - before).abs().amax((1, 2))
@@ -127,7 +146,10 @@ def test_frozen_routers_stay_and_are_not_decayed() -> None:
 
 
 def test_a_diverging_run_is_named_and_spares_the_others() -> None:
-    runs = [Run(training=dataclasses.replace(FAST, steps=20, lr=lr, schedule="constant", weight_decay=0.0)) for lr in (1e-3, 1e30)]
+    runs = [
+        Run(training=dataclasses.replace(FAST, steps=20, lr=lr, schedule="constant", weight_decay=0.0))
+        for lr in (1e-3, 1e30)
+    ]
     result = train_runs(runs)
     assert result.failed[0] is None
     assert result.failed[1] is not None
