@@ -105,9 +105,10 @@ def superposition(found: Sequence[Cell]) -> Figure | None:
     """Mean D_i and superposition score against network sparsity k/E, at one total width."""
     grid_cells = in_grid(found)
     widths = {c.value("total_width") for c in grid_cells if c.is_moe}
-    data = by_dataset([c for c in grid_cells if c.value("total_width") in widths])
-    if len(widths) != 1 or len({_sparsity(c) for c in grid_cells}) < 2:
+    shown = [c for c in grid_cells if c.value("total_width") in widths]
+    if len(widths) != 1 or len({_sparsity(c) for c in shown}) < 2:
         return None
+    data = by_dataset(shown)
     figure, grid = panels(2, len(data), sharex=True, height=2.4)
     labelled = []
     for line, metric in zip(grid, (DIMENSIONALITY, "superposition"), strict=True):

@@ -32,7 +32,7 @@ def expert_usage(found: Sequence[Cell]) -> Figure | None:
     if not shown or len(names) > MAX_LINES:
         return None
     data = by_dataset(shown)
-    figure, grid = panels(len(names), len(data), height=1.15)
+    figure, grid = panels(len(names), len(data), height=1.15 + 0.9 / len(names))
     for line, name in zip(grid, names, strict=True):
         for axes, (dataset, here) in zip(line, data.items(), strict=True):
             axes.set_xticks([])
@@ -111,7 +111,8 @@ def dimensionality_histogram(found: Sequence[Cell]) -> Figure | None:
     """Distribution of D_i over the occurrences of represented features, all seeds together."""
     shown = [c for c in in_grid(found) if sum(_vector(c, "dimensionality_histogram")) > 0]
     widths = {c.value("total_width") for c in shown if c.is_moe}
-    shown = [c for c in shown if not widths or c.value("total_width") in widths]
+    alike = [c for c in shown if c.value("total_width") in widths]
+    shown = shown if all(c.is_moe for c in alike) else alike
     names = list(dict.fromkeys(c.architecture for c in sorted(shown, key=lambda c: c.is_moe)))
     if not shown or len(names) > MAX_LINES:
         return None

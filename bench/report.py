@@ -49,7 +49,7 @@ def write_report(run_dir: Path) -> Path:
     compared = comparisons(found)
     drawn = draw_figures(found, store.folder / "figures")
     shown = [f"<h2>{escape(d.title)}</h2>{figure(d.svg, d.caption, d.title)}" for d in drawn]
-    first = [part for part, d in zip(shown, drawn, strict=True) if d.name == "tradeoff"]
+    first = [part for part, d in zip(shown, drawn, strict=True) if d.name in ("tradeoff", "sweep")]
     title = f"moesaic sweep {environment.get('preset') or ''}".strip()
     parts = [
         f'<h1>{escape(title)}</h1>\n<p class="soft">{escape(summary_line(rows, environment))}</p>',

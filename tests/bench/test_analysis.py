@@ -220,7 +220,8 @@ def test_best_rate_is_the_lowest_mean_over_tuning_seeds() -> None:
 
 
 def test_a_rate_with_a_failed_seed_is_not_chosen_and_the_grid_keeps_it() -> None:
-    rows = [tuned(0.01, 0.5), tuned(0.03, 0.4), tuned(0.1, 0.1, status="failed")]
+    rows = [tuned(lr, loss, seed) for lr, loss in ((0.01, 0.5), (0.03, 0.4), (0.1, 0.1)) for seed in (0, 1)]
+    rows[-1] = tuned(0.1, 0.1, 1, status="failed")
     chosen = chosen_rates(rows)["C", "dense m=4"]
     assert (chosen.lr, chosen.grid, chosen.at_edge) == (0.03, (0.01, 0.03, 0.1), False)
     assert chosen_rates([tuned(0.01, 0.5)])["C", "dense m=4"].at_edge

@@ -24,7 +24,7 @@ def uniform_numba(seeds: torch.Tensor, n_rows: int, n_cols: int, step: int, stre
     words = np.empty((4, (n_cols + 3) // 4), np.uint32)
     for s, seed in enumerate(seeds.tolist()):
         for row in range(n_rows):
-            fill(np.uint64(seed), row, step, stream, words, out[s, row])
+            fill(np.uint64(seed), row, step, stream, words, out[s, row], n_cols)
     return torch.from_numpy(out)
 
 
