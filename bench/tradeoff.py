@@ -9,10 +9,10 @@ for each (architecture, data set) the rate with the lowest held-out loss. Per da
 report lies within one: a rate shared by the three would be set by the one with the largest losses, and the gates, which
 run on one data set, would be tuned unlike what they are compared with.
 
-**Gate.** The grid uses ``straight_through``: its forward pass is the paper's model (weights that sum to 1, exactly 1
-at k = 1), so no metric needs correcting for the gate, while its router learns at k = 1, where the paper's has no
-gradient. It wants a small rate on clustered data: at a large one, routing moves on after an expert's ReLUs have died
-on the features it is then given. The other gates are a slice of their own.
+**Gate.** The grid uses ``paper``, the published model. Its weights sum to 1, so no metric needs correcting for the
+gate. At k = 1 its router has no gradient: those rows are fixed random routing, which the report says. The six gates and
+a shared expert are a slice of their own, at E = 16 on C, where routing has something to find; ``straight_through``,
+whose forward pass is the same model, shows there what a router that learns changes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moesaic.metrics.flops import dense_width_at_equal_flops
 from moesaic.moe.config import FeatureConfig, Run, ToyConfig, TrainConfig
 
 N_FEATURES, TOTAL_WIDTH = 128, 64
-GRID_GATE = "straight_through"
+GRID_GATE = "paper"
 DATASETS = {
     "C": FeatureConfig(features="clustered", n_clusters=16, feature_probability=0.5),
     "S": FeatureConfig(feature_probability=0.03),
@@ -50,7 +50,7 @@ class Scale:
 
 
 FULL = Scale(
-    dense=(4, 8, 12, 16, 24, 64), moe=((4, 16, 1), (16, 4, 1), (16, 4, 2), (16, 4, 4), (64, 1, 4)), sliced_top_k=(1,),
+    dense=(4, 8, 12, 16, 24, 64), moe=((4, 16, 1), (16, 4, 1), (16, 4, 2), (16, 4, 4), (64, 1, 4)), sliced_top_k=(1, 2),
     seeds=3, steps=2000, tuning_steps=1000, rates=(0.003, 0.01, 0.03, 0.1),
 )  # fmt: skip
 QUICK = Scale(
@@ -94,7 +94,9 @@ def _moe(n_experts: int, m: int, top_k: int) -> Architecture:
 def _gates(top_k: int) -> list[Architecture]:
     """The other five gates, and a shared expert of width 16 for which each routed one gives up a unit."""
     gates = (
-        ("paper", "switch", "sigmoid", "random", "oracle") if top_k == 1 else ("paper", "switch", "sigmoid", "random")
+        ("switch", "sigmoid", "straight_through", "random", "oracle")
+        if top_k == 1
+        else ("switch", "sigmoid", "straight_through", "random")
     )
     sliced = [Architecture(f"MoE 16×4 k={top_k}, {gate}", _toy(4, 16, top_k, gate), ("C",), "gates") for gate in gates]
     shared = _toy(3, 16, top_k, GRID_GATE, shared=16)

@@ -24,7 +24,7 @@ def plain_words(found: Sequence[Cell], compared: Sequence[Comparison]) -> str:
         for dataset in dict.fromkeys(c.moe.dataset for c in members):
             sentences.append(_dataset_sentence(dataset, [c for c in members if c.moe.dataset == dataset]))
         sentences.append(_sharing_sentence(members))
-    sentences += _gate_sentences(found)
+    sentences += _frozen_sentence(compared) + _gate_sentences(found)
     seeds = sorted({c.loss.n for c in compared})
     by_chance = max(1, round((1 - CONFIDENCE) * len(compared)))
     sentences.append(
@@ -86,6 +86,18 @@ def _sharing_sentence(members: Sequence[Comparison]) -> str:
         return f"Mean D_i is higher, so superposition lower, in {'MoE' if moe else 'dense'} in {_all(members)}."
     text = f"Mean D_i is higher, so superposition lower, in MoE in {moe} and in dense in {dense}"
     return f"{text}, not resolved in {neither}." if neither else f"{text}."
+
+
+def _frozen_sentence(compared: Sequence[Comparison]) -> list[str]:
+    """What a reader must know of the paper's gate: at k = 1 its weight is 1 whatever the router does."""
+    cells = {c.moe.architecture: c.moe for c in compared}.values()
+    frozen = [c for c in cells if c.value("gate") == "paper" and c.value("top_k") == 1 and not c.value("load_balance")]
+    if not frozen:
+        return []
+    names = ", ".join(c.architecture.removeprefix("MoE ") for c in frozen)
+    return [
+        f"With the paper gate at k = 1 the router has no gradient: {names} route as they were initialised, at random."
+    ]
 
 
 def _gate_sentences(found: Sequence[Cell]) -> list[str]:

@@ -74,7 +74,7 @@ def feature_rows(kind, key, step, stream, p, size, first_row, last_row, x):
     for row in range(first_row, last_row):
         uniform_row(key, row, step, stream, words, u, n)
         if kind == INDEPENDENT:
-            # Two loops: with the division under the condition, LLVM keeps a branch that every other feature mispredicts.
+            # Two loops: with the division under the condition, LLVM keeps a branch, which is mispredicted all the time.
             for i in range(n):
                 v[i] = u[i] / p[i]
             for i in range(n):
@@ -187,8 +187,8 @@ def _route(x, n, active, n_active, router, router_t, gate, probs, weights, ids):
 
 @njit(nogil=True, error_model="numpy", fastmath=_MATH)
 def _loss_and_gradients(
-    x, active, n_active, ids, weights, width, scale, importance, enc, enc_t, dec_t, bias, g_enc, g_enc_t, g_dec_t, g_bias,
-    d_weights, tied,
+    x, active, n_active, ids, weights, width, scale, importance, enc, enc_t, dec_t, bias, g_enc, g_enc_t, g_dec_t,
+    g_bias, d_weights, tied,
 ):  # fmt: skip
     """Add the gradients of scale · Σ_b Σ_f I_f (x_bf − x'_bf)² and return Σ_b Σ_f I_f (x_bf − x'_bf)².
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 POLYSEMANTICITY_EPS = 1e-5
 MONOSEMANTIC_BELOW = 0.2
-DIMENSIONALITY_BINS = 50
+DIMENSIONALITY_BINS = 49
 DIMENSIONALITY_LINES = {"digon": 1 / 2, "triangle": 2 / 3, "pentagon": 2 / 5}
 """D_i of features that share dimensions as antipodal pairs (2 in 1), triangles (3 in 2) and pentagons (5 in 2)."""
 
@@ -214,17 +214,17 @@ def features_per_dimension(weight: Tensor, usage: Tensor | None = None) -> Tenso
 
 
 def dimensionality_histogram(dimensionality: Tensor, mass: Tensor | None = None) -> Tensor:
-    """Count features by D_i in 50 equal bins over [0, 1]; `DIMENSIONALITY_LINES` has the values of known geometries.
+    """Count features by D_i in 49 equal bins over [0, 1]; `DIMENSIONALITY_LINES` has the values of known geometries.
 
-    A value within 1e-9 of a bin's lower edge belongs to it (2/5 and 1/2 are edges), D = 1 to the last bin, and NaN to
-    none.
+    With 49 bins, none of 1/2, 2/3, 2/5 and 3/8 is an edge that would split its peak. D = 1 belongs to the last bin, NaN
+    to none.
 
     Args:
         dimensionality: D, (..., n).
         mass: what each feature counts for, (..., n); 1 when None.
 
     Returns:
-        (..., 50) float64.
+        (..., 49) float64.
 
     Raises:
         ValueError: if the shapes disagree.
@@ -235,7 +235,7 @@ def dimensionality_histogram(dimensionality: Tensor, mass: Tensor | None = None)
         )
     value = dimensionality.double()
     defined = value.isfinite()
-    ids = (value.nan_to_num(nan=0.0) * DIMENSIONALITY_BINS + 1e-9).floor().clamp(0, DIMENSIONALITY_BINS - 1).long()
+    ids = (value.nan_to_num(nan=0.0) * DIMENSIONALITY_BINS).floor().clamp(0, DIMENSIONALITY_BINS - 1).long()
     bins = torch.arange(DIMENSIONALITY_BINS, device=value.device)
     counted = torch.where(defined, torch.ones_like(value) if mass is None else mass.double(), 0.0)
     return torch.stack([torch.where(ids == b, counted, 0.0).sum(-1) for b in bins], dim=-1)

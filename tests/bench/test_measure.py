@@ -166,10 +166,10 @@ def test_histogram_counts_the_represented_presences() -> None:
     row = row_of(run)
     counts = row["dimensionality_histogram"]
     assert isinstance(counts, list)
-    assert len(counts) == 50
+    assert len(counts) == 49
     represented = number(row, "represented_share") * float((held_out(run) != 0).sum())
     assert sum(counts) == pytest.approx(represented, abs=25)
-    mean = sum((b + 0.5) / 50 * count for b, count in enumerate(counts)) / sum(counts)
+    mean = sum((b + 0.5) / 49 * count for b, count in enumerate(counts)) / sum(counts)
     assert mean == pytest.approx(number(row, "mean_dimensionality"), abs=0.01)
 
 

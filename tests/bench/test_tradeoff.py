@@ -103,7 +103,7 @@ def test_an_architecture_whose_tuning_failed_is_still_run() -> None:
     assert {item.run.seed for item in plan} == {0, 1}
 
 
-def test_the_grid_learns_its_router_at_one_active_expert() -> None:
+def test_the_grid_is_the_published_model() -> None:
     assert {item.toy.gate for item in architectures(FULL) if item.toy.n_experts > 1 and item.slice == "grid"} == {
-        "straight_through"
+        "paper"
     }

@@ -223,16 +223,16 @@ def test_histogram_counts_every_defined_feature_once() -> None:
     assert sp.DIMENSIONALITY_LINES == {"digon": 0.5, "triangle": 2 / 3, "pentagon": 0.4}
     values = torch.tensor([[0.0, 1.0, 0.5, 0.5 - 1e-13], [2 / 5, 2 / 3, math.nan, 0.999]])
     counts = sp.dimensionality_histogram(values)
-    assert counts.shape == (2, 50)
-    assert {b: c for b, c in enumerate(counts[0].tolist()) if c} == {0: 1, 49: 1, 25: 2}
-    assert {b: c for b, c in enumerate(counts[1].tolist()) if c} == {20: 1, 33: 1, 49: 1}
+    assert counts.shape == (2, 49)
+    assert {b: c for b, c in enumerate(counts[0].tolist()) if c} == {0: 1, 48: 1, 24: 2}
+    assert {b: c for b, c in enumerate(counts[1].tolist()) if c} == {19: 1, 32: 1, 48: 1}
     half = sp.dimensionality_histogram(values, torch.full_like(values, 0.5))
     torch.testing.assert_close(half, counts / 2, rtol=0, atol=0)
 
 
 def test_pentagons_fall_into_the_bin_of_two_fifths() -> None:
     counts = sp.dimensionality_histogram(sp.feature_dimensionality(polygon(5)))
-    assert counts[20] == 5
+    assert counts[19] == 5
 
 
 def test_balanced_weight_of_a_tied_pair_measures_as_the_weight() -> None:
