@@ -1,4 +1,4 @@
-"""Oracles of the MoE ops: the definitions, written out as loops over rows and experts, in the dtype of their inputs.
+"""Oracles of the ops: the definitions, written out as loops over rows and experts, in the dtype of their inputs.
 
 They share no code with the ops they judge. Call them in float64; torch differentiates them.
 """
@@ -10,6 +10,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from moesaic.kernels.features import sample_features_reference
+from moesaic.kernels.philox import philox_uniform_reference
+from moesaic.kernels.reference_toy import decode_loss as decode_loss
+from moesaic.kernels.reference_toy import encode_features as encode_features
+from moesaic.kernels.reference_toy import toy_loss as toy_loss
+
+sample_features = sample_features_reference
+philox_uniform = philox_uniform_reference
 
 
 def _order(values: list[float], k: int) -> list[int]:
