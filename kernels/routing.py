@@ -138,7 +138,8 @@ def route_topk(
     if scoring == "softmax_topk":
         weights = torch.softmax(weights, dim=-1)
     if renormalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        # w/w is 1, and its gradient 0: computed, it would be rounding noise, which Adam blows up to full steps.
+        weights = weights * 0 + 1 if top_k == 1 else weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return Routing(weights * scale * torch.where(is_nan, torch.nan, 1.0), ids)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -78,6 +79,7 @@ class ToyConfig:
     router_init: str = "default"
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in ("n_features", "n_hidden", "n_experts", "top_k"):
             _at_least(name, getattr(self, name), 1)
         _at_least("shared_hidden", self.shared_hidden, 0)
@@ -124,6 +126,7 @@ class FeatureConfig:
     importance_base: float = 0.9
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _one_of("features", self.features, FEATURES)
         _one_of("importance", self.importance, IMPORTANCES)
         if not 0.0 < self.feature_probability <= 1.0:
@@ -144,6 +147,17 @@ class FeatureConfig:
                 _at_least(name, value, 1)
             elif value != 0:
                 raise ValueError(f"{name}={value!r}: takes 0 when features={self.features!r} (it would be ignored)")
+        unused = {
+            "feature_probability": self.features == "exactly_k",
+            "power_law_exponent": self.features != "power_law",
+            "importance_base": self.importance == "uniform",
+        }
+        for name, ignored in unused.items():
+            if ignored and getattr(self, name) != getattr(FeatureConfig, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: leave it at {getattr(FeatureConfig, name)!r} when "
+                    f"features={self.features!r} and importance={self.importance!r} (it would be ignored)"
+                )
         if self.features == "anticorrelated" and self.group_size * self.feature_probability > 1:
             raise ValueError(
                 f"feature_probability={self.feature_probability!r}: takes at most 1/group_size = "
@@ -181,7 +195,10 @@ class TrainConfig:
     load_balance: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _at_least("steps", self.steps, 0)
+        if self.steps >= 2**32:
+            raise ValueError(f"steps={self.steps}: takes an integer below 2**32, the range of the step counter")
         _at_least("batch_size", self.batch_size, 1)
         for name in ("lr", "weight_decay", "load_balance", "warmup_steps"):
             _at_least(name, getattr(self, name), 0)
@@ -220,6 +237,7 @@ class Run:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", _typed("seed", self.seed, int))
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed!r}: takes an integer from 0 to 2**63 - 1")
         n = self.toy.n_features
@@ -240,8 +258,7 @@ class Run:
 
     def flat(self) -> dict[str, Any]:
         """Return every field of the three configurations, and the seed, as one flat dict."""
-        values = {**vars(self.toy), **vars(self.features), **vars(self.training), "seed": self.seed}
-        return {name: _typed(name, value, _KNOWN[name]) for name, value in values.items()}
+        return {**vars(self.toy), **vars(self.features), **vars(self.training), "seed": self.seed}
 
     @staticmethod
     def from_flat(values: Mapping[str, Any]) -> Run:
@@ -285,9 +302,14 @@ _PARTS: dict[type, dict[str, type]] = {
 _KNOWN: dict[str, type] = {name: kind for part in _PARTS.values() for name, kind in part.items()} | {"seed": int}
 
 
+def _check_types(config: ToyConfig | FeatureConfig | TrainConfig) -> None:
+    """Give every field its declared type, so that 1 and 1.0 are one configuration with one key."""
+    for name, kind in _PARTS[type(config)].items():
+        object.__setattr__(config, name, _typed(name, getattr(config, name), kind))
+
+
 def _typed(key: str, value: Any, kind: type) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:
+    accepted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{key}={value!r}: takes a value of type {kind.__name__}, got {type(value).__name__}")
-    return value
+    return kind(value)

@@ -85,6 +85,8 @@ def train(
         >>> result = train(ToyConfig(n_features=20, n_hidden=5), training=TrainConfig(steps=500), seeds=range(4))
         >>> result.losses[:, -100:].mean(1)
     """
+    if not isinstance(seeds, Sequence | range):
+        raise ValueError(f"seeds={seeds!r}: takes a sequence of integers, such as range(5)")
     features, training = features or FeatureConfig(), training or TrainConfig()
     runs = [Run(config, features, training, seed) for seed in seeds]
     return train_runs(runs, device=device, impl=impl, callback=callback, checkpoint=checkpoint)
@@ -116,7 +118,8 @@ def train_runs(
         checkpoint_every: steps between checkpoints.
 
     Raises:
-        ValueError: for no runs, runs of different shapes, an unknown impl, or a checkpoint of other runs.
+        ValueError: for no runs, runs of different shapes, an unknown impl or device, or a checkpoint of
+            other runs.
     """
     if not runs:
         raise ValueError("runs: takes at least one")
@@ -126,9 +129,15 @@ def train_runs(
         )
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: takes one of {', '.join(IMPLS)}")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: takes 'cpu', 'cuda' or 'cuda:N'") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: this torch sees no CUDA device")
     if impl == "auto":
-        impl = "numba" if torch.device(device).type == "cpu" else "torch"
-    if impl == "numba" and torch.device(device).type != "cpu":
+        impl = "numba" if kind == "cpu" else "torch"
+    if impl == "numba" and kind != "cpu":
         raise ValueError(f"impl='numba': takes device='cpu', got {device!r}")
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every={checkpoint_every}: takes an integer >= 1")

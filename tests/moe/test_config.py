@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moesaic.moe import FeatureConfig, Run, ToyConfig, TrainConfig
@@ -60,8 +61,15 @@ def test_group_joins_what_can_be_stacked() -> None:
         ({"n_experts": 8, "router_init": "k_hot"}, r"router_init='k_hot'"),
         ({"beta1": 1.0}, r"beta1=1.0: takes a number in \[0, 1\)"),
         ({"eps": 0.0}, "eps=0.0"),
-        ({"importance_base": -1.0}, "importance_base=-1.0"),
+        ({"importance": "geometric", "importance_base": -1.0}, "importance_base=-1.0"),
         ({"steps": -1}, "steps=-1"),
+        ({"steps": 2**32}, r"steps=4294967296: takes an integer below 2\*\*32"),
+        (
+            {"features": "exactly_k", "n_active": 2, "feature_probability": 0.2},
+            "feature_probability=0.2: leave it at 0.1",
+        ),
+        ({"power_law_exponent": 2.0}, "power_law_exponent=2.0: leave it at 1.0"),
+        ({"importance_base": 0.5}, "importance_base=0.5: leave it at 0.9"),
         ({"lr": float("inf")}, "lr=inf"),
         ({"seed": -1}, "seed=-1"),
     ],
@@ -77,3 +85,16 @@ def test_learning_rate_schedules() -> None:
     cosine = [TrainConfig(steps=4, lr=1.0, schedule="cosine").lr_at(t) for t in range(4)]
     assert cosine == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
     assert [TrainConfig(steps=4, lr=1.0, warmup_steps=2).lr_at(t) for t in range(4)] == [0.5, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"n_hidden": 2.5}, {"n_features": "a"}, {"tied": "no"}, {"n_experts": True}, {"gate": 3}]
+)
+def test_types_are_checked_from_python_too(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(bad))}=.*takes a value of type"):
+        ToyConfig(**bad)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    assert ToyConfig(np.int64(8), 2) == ToyConfig(8, 2)  # type: ignore[arg-type]
+    assert type(TrainConfig(lr=np.float32(0.5)).lr) is float  # type: ignore[arg-type]

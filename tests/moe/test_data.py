@@ -12,7 +12,7 @@ def test_importances() -> None:
     def of(kind: str, base: float = 0.5) -> list[float]:
         return importance(FeatureConfig(importance=kind, importance_base=base), N).tolist()
 
-    assert of("uniform") == [1.0] * N
+    assert of("uniform", 0.9) == [1.0] * N
     assert of("geometric") == [0.5**i for i in range(N)]
     assert sorted(of("permuted"), reverse=True) == of("geometric")
     assert of("permuted") != of("geometric")

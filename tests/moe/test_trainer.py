@@ -116,6 +116,8 @@ def test_a_torn_checkpoint_is_refused_and_none_is_left_behind(tmp_path: Path) ->
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         train_runs(runs, checkpoint=file)
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        train_runs(runs, checkpoint=tmp_path)
 
 
 def test_callback_sees_every_step_and_the_models_of_then() -> None:
@@ -176,6 +178,10 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="impl='jax'"):
         train_runs([Run()], impl="jax")
     with pytest.raises(ValueError, match="impl='numba': takes device='cpu'"):
-        train_runs([Run()], impl="numba", device="cuda")
+        train_runs([Run()], impl="numba", device="meta")
+    with pytest.raises(ValueError, match="device='gpu'"):
+        train_runs([Run()], device="gpu")
+    with pytest.raises(ValueError, match="seeds=3: takes a sequence"):
+        train(ToyConfig(), seeds=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="checkpoint_every=0"):
         train_runs([Run()], checkpoint_every=0)
