@@ -16,10 +16,13 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from moesaic.bench.spec import load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("bench", "kernels", "metrics", "moe")
@@ -295,10 +298,18 @@ def test_nothing_at_the_root_shadows_the_tests() -> None:
     assert not hasattr(sys.modules.get("moesaic.kernels"), "__version__")
 
 
-def test_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(code.splitlines()) <= 10
-    short = code.replace("steps=2_000", "steps=100")
-    assert short != code
+def test_examples_of_the_readme_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text()
+    toy, layer = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(toy.splitlines()) <= 10
+    short = toy.replace("steps=2_000", "steps=100")
+    assert short != toy
     exec(short, {})
     assert len(capsys.readouterr().out.splitlines()) == 2
+    names: dict[str, Any] = {}
+    exec(layer, names)
+    assert names["y"].shape == (4, 128, 512)
+    [spec] = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "spec.toml").write_text(spec)
+    [stage] = load_spec(tmp_path / "spec.toml").stages(False, None)
+    assert len(stage([])) == 3 * 2 * 3

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -279,3 +281,18 @@ def test_metrics_carry_no_gradient_and_leave_the_weight_alone() -> None:
 def test_bad_arguments_are_named(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+MILLION = """
+import resource, torch
+from moesaic.metrics import feature_geometry
+weight = torch.randn(1_000_000, 64, generator=torch.Generator().manual_seed(0))
+found = feature_geometry(weight)
+assert float(found.dimensionality.sum()) <= 64 and bool(found.monosemantic().sum() == 0)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_a_million_features_stay_under_two_gigabytes() -> None:
+    done = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2_000_000  # kibibytes, PyTorch and the weights included
