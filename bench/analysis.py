@@ -97,11 +97,12 @@ def number(row: Mapping[str, object], key: str) -> float | None:
 
 @dataclass(frozen=True)
 class Cell:
-    """The finished seeds of one architecture on one data set."""
+    """The finished seeds of one architecture on one data set; ``lr_tuned`` where tuning runs chose its rate."""
 
     dataset: str
     architecture: str
     rows: tuple[Row, ...]
+    lr_tuned: bool = False
 
     @property
     def is_moe(self) -> bool:
@@ -128,7 +129,9 @@ class Cell:
 
 def _architecture(row: Row) -> str:
     if (number(row, "n_experts") or 1) <= 1:
-        name = f"dense m={row.get('n_hidden')}"
+        # One expert has weight 1 under every gate but this one, so the others are no part of a dense model's name.
+        gate = ", sigmoid" if row.get("gate") == "sigmoid" else ""
+        name = f"dense m={row.get('n_hidden')}{gate}"
     else:
         name = f"MoE {row.get('n_experts')}×{row.get('n_hidden')} k={row.get('top_k')}, {row.get('gate')}"
     return name + (f" + shared {row['shared_hidden']}" if row.get("shared_hidden") else "")
@@ -145,6 +148,9 @@ def dataset_title(row: Row) -> str:
     return f"{kind}, p = {p}".replace("_", " ")
 
 
+_DATA = ("n_features", *(f.name for f in fields(FeatureConfig)))
+_MODEL = tuple(f.name for f in (*fields(ToyConfig), *fields(TrainConfig)) if f.name not in _DATA)
+_SETTINGS = (*(f.name for f in fields(TrainConfig)), "tied", "parametrization", "router_init")
 _IN_LABELS = {"n_experts", "n_hidden", "top_k", "gate", "shared_hidden", "features", "feature_probability"}
 
 
@@ -153,30 +159,53 @@ def labelled(rows: Sequence[Row]) -> list[Row]:
 
     A made name carries every other configuration column that varies (``lr=0.01``), so no cell mixes configurations.
     """
-    data = [f.name for f in fields(FeatureConfig)]
-    model = [f.name for f in (*fields(ToyConfig), *fields(TrainConfig))]
-    varying = {c for c in (*data, *model) if len({repr(r.get(c)) for r in rows}) > 1} - _IN_LABELS
+    varying = {c for c in (*_DATA, *_MODEL) if len({repr(r.get(c)) for r in rows}) > 1}
 
     def extra(row: Row, columns: Iterable[str]) -> str:
-        return "".join(f", {c}={row.get(c)}" for c in columns if c in varying)
+        # The title of exactly_k data leaves the probability out.
+        named = _IN_LABELS - ({"feature_probability"} if row.get("features") == "exactly_k" else set())
+        return "".join(f", {c}={row.get(c)}" for c in columns if c in varying - named)
 
     return [
         {
             **row,
-            "dataset": row.get("dataset") or dataset_title(row) + extra(row, data),
-            "architecture": row.get("architecture") or _architecture(row) + extra(row, model),
+            "dataset": row.get("dataset") or dataset_title(row) + extra(row, _DATA),
+            "architecture": row.get("architecture") or _architecture(row) + extra(row, _MODEL),
         }
         for row in rows
     ]
 
 
 def cells(rows: Sequence[Row]) -> list[Cell]:
-    """Cells of the finished runs, tuning runs left out, in order of first appearance."""
-    grouped: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    """Cells of the finished runs, tuning runs left out, in order of first appearance.
+
+    Of dense runs that differ in nothing but a gate without effect, the first of each seed is taken.
+
+    Raises:
+        ValueError: two runs of a cell have one seed, so its names do not tell configurations apart.
+    """
+    tuned = any(r.get("stage") == "tune" for r in rows)
+    grouped: dict[tuple[str, str], dict[int, Row]] = defaultdict(dict)
     for row in labelled([r for r in rows if r.get("stage") != "tune"]):
-        if row.get("status") == "ok":
-            grouped[str(row["dataset"]), str(row["architecture"])].append(row)
-    return [Cell(dataset, architecture, tuple(found)) for (dataset, architecture), found in grouped.items()]
+        if row.get("status") != "ok":
+            continue
+        dataset, architecture, seed = str(row["dataset"]), str(row["architecture"]), int(number(row, "seed") or 0)
+        first = grouped[dataset, architecture].setdefault(seed, row)
+        if first is not row and not _same_but_for_gate(first, row):
+            raise ValueError(f"seed={seed} of {architecture!r} on {dataset!r}: takes one run of each seed, got two")
+    return [
+        Cell(dataset, architecture, members, tuned and members[0].get("stage") == "main")
+        for (dataset, architecture), by_seed in grouped.items()
+        if (members := tuple(by_seed.values()))
+    ]
+
+
+def _same_but_for_gate(one: Row, other: Row) -> bool:
+    """Whether two dense rows differ in the gate, which changes nothing there, and in no other configuration column."""
+    columns = [c for c in (*_DATA, *_MODEL) if c != "gate"]
+    gates = {one.get("gate"), other.get("gate")}
+    dense = (number(one, "n_experts") or 1) <= 1
+    return dense and len(gates) == 2 and "sigmoid" not in gates and all(one.get(c) == other.get(c) for c in columns)
 
 
 def paired(one: Cell, other: Cell, key: str) -> Estimate:
@@ -221,18 +250,30 @@ def in_grid(found: Sequence[Cell]) -> list[Cell]:
     return [c for c in found if c.value("slice") in (None, "grid")]
 
 
+def comparable(one: Cell, other: Cell) -> bool:
+    """Whether two cells are of one data set and were trained alike: every `TrainConfig` field, initial values, tying.
+
+    The learning rate may differ where tuning runs chose it for both.
+    """
+    free = {"lr"} if one.lr_tuned and other.lr_tuned else set()
+    columns = [c for c in (*_DATA, *_SETTINGS) if c not in free]
+    return one.dataset == other.dataset and all(one.value(c) == other.value(c) for c in columns)
+
+
 def comparisons(found: Sequence[Cell]) -> list[Comparison]:
     """Every MoE cell of the main grid against the dense cells of equal total width and of equal active FLOPs.
 
-    The partner at equal active FLOPs is the nearest dense width within `FLOPS_TOLERANCE`; without one there is no pair.
+    A partner must be `comparable`; that at equal active FLOPs is the nearest dense width within `FLOPS_TOLERANCE`.
+    Where several are as wide, one without a gate of its own goes first. Without a partner there is no pair.
     """
+    dense_cells = sorted((c for c in found if not c.is_moe), key=lambda c: c.value("gate") == "sigmoid")
     datasets = list(dict.fromkeys(c.dataset for c in found))
     return [
         Comparison(name, moe, dense, paired(moe, dense, LOSS), paired(moe, dense, DIMENSIONALITY))
         for name, partner in ((EQUAL_WIDTH, _equal_width), (EQUAL_FLOPS, _equal_flops))
         for moe in sorted(in_grid(found), key=lambda c: datasets.index(c.dataset))
         if moe.is_moe
-        if (dense := partner(moe, [c for c in found if c.dataset == moe.dataset and not c.is_moe])) is not None
+        if (dense := partner(moe, [c for c in dense_cells if comparable(moe, c)])) is not None
     ]
 
 
@@ -268,13 +309,14 @@ def pareto_front(points: Sequence[Sequence[float]]) -> list[bool]:
 
 
 def on_front(found: Sequence[Cell]) -> list[Cell]:
-    """Cells of the main grid on their data set's front: low loss, low active FLOPs, high mean D_i (seed means)."""
-    front: list[Cell] = []
-    for dataset in dict.fromkeys(c.dataset for c in found):
-        here = [c for c in in_grid(found) if c.dataset == dataset]
+    """Cells of the main grid that no `comparable` one dominates in loss, active FLOPs and mean D_i (seed means)."""
+    left, front = in_grid(found), []
+    while left:
+        here = [c for c in left if comparable(left[0], c)]
+        left = [c for c in left if c not in here]
         costs = [(c.mean(LOSS), c.mean("active_flops"), -c.mean(DIMENSIONALITY)) for c in here]
         front += [c for c, keep in zip(here, pareto_front(costs), strict=True) if keep]
-    return front
+    return [c for c in found if c in front]
 
 
 @dataclass(frozen=True)

@@ -194,9 +194,9 @@ _CATALOGUE = (
         "pareto",
         "Pareto front: loss × active compute × mean D_i",
         pareto,
-        "Filled markers are on the front: no other has loss and active FLOPs as low and mean D_i as high. The "
-        "number "
-        "after the dot is active FLOPs per sample; the marker's area grows with it.",
+        "Filled markers are on the front: no other that was trained with equal settings has loss and active FLOPs as "
+        "low and mean D_i as high. The number after the dot is active FLOPs per sample; the marker's area grows with "
+        "it.",
     ),
     _Entry(
         "usage",

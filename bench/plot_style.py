@@ -59,6 +59,9 @@ _RC: dict[Any, Any] = {
 }
 
 
+_PAD = 0.06
+
+
 @contextmanager
 def style() -> Iterator[None]:
     """Draw in the house style; matplotlib's global settings are as before afterwards."""
@@ -76,9 +79,37 @@ def panels(
     return figure, [list(line) for line in grid]
 
 
+LEAST_PANEL = (1.5, 0.5)
+"""Inches of width and of height that every panel keeps between its labels."""
+
+
+def _make_room(figure: Figure) -> None:
+    """Enlarge a figure whose labels leave a panel less than `LEAST_PANEL`: such a layout has no solution."""
+    inches = figure.dpi
+    columns: dict[int, float] = {}
+    rows: dict[int, float] = {}
+    for axes in figure.axes:
+        spec = axes.get_subplotspec()
+        around = axes.get_tightbbox(for_layout_only=True)
+        if spec is None or around is None:
+            continue
+        inside = axes.get_window_extent()
+        column, row = spec.colspan.start, spec.rowspan.start
+        columns[column] = max(columns.get(column, 0.0), (around.width - inside.width) / inches)
+        rows[row] = max(rows.get(row, 0.0), (around.height - inside.height) / inches)
+    titles = [t.get_window_extent() for t in figure.texts if t.get_in_layout()]
+    width, height = figure.get_size_inches()
+    beside = max((b.width for b in titles if b.height > b.width), default=0.0) / inches
+    above = max((b.height for b in titles if b.width >= b.height), default=0.0) / inches
+    least_width = sum(columns.values()) + beside + len(columns) * (LEAST_PANEL[0] + 2 * _PAD)
+    least_height = sum(rows.values()) + above + len(rows) * (LEAST_PANEL[1] + 2 * _PAD)
+    figure.set_size_inches(max(width, least_width), max(height, least_height))
+
+
 def settle(figure: Figure) -> None:
     """Lay the panels out, once and not at every drawing: it is slow, and positions in pixels stay true."""
-    ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06).execute(figure)
+    _make_room(figure)
+    ConstrainedLayoutEngine(w_pad=_PAD, h_pad=_PAD).execute(figure)
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from moesaic.bench.analysis import LOSS, Cell, cells, comparisons
-from moesaic.bench.plan import Row
+from moesaic.bench.plan import InputError, Row
 from moesaic.bench.report_page import escape, figure, page
 from moesaic.bench.report_sections import (
     comparison_section,
     definitions_section,
     environment_section,
     failed_section,
+    published_section,
     rates_section,
     results_section,
     slowest_section,
@@ -22,6 +25,9 @@ from moesaic.bench.report_sections import (
 )
 from moesaic.bench.store import RunStore
 from moesaic.bench.words import interval, plain_words, result_lines, si
+
+if TYPE_CHECKING:
+    from moesaic.bench.figures import Drawn
 
 MAX_TABLE_LINES = 30
 """Most architectures in the table that is printed to a terminal."""
@@ -32,10 +38,11 @@ MAX_TABLE_DATASETS = 4
 def write_report(run_dir: Path) -> Path:
     """Draw ``figures/`` of a run folder and write its self-contained ``report.html``; return the latter's path.
 
-    Works for every sweep, finished or not. Wants matplotlib.
+    Works for every sweep, finished or not. Wants matplotlib. A reproduction keeps the figures that it drew itself; its
+    report shows them and the table of ``reproduction.json``.
 
     Raises:
-        InputError: ``runs.jsonl`` is damaged.
+        InputError: ``runs.jsonl``, ``environment.json`` or ``reproduction.json`` is damaged.
         FileNotFoundError: the folder holds no rows.
     """
     from moesaic.bench.figures import draw_figures
@@ -47,12 +54,16 @@ def write_report(run_dir: Path) -> Path:
     environment = store.environment() or {}
     found = cells(rows)
     compared = comparisons(found)
-    drawn = draw_figures(found, store.folder / "figures")
+    preset = str(environment.get("preset") or "")
+    reproduces = preset.startswith(_REPRODUCE) and not environment.get("spec")
+    record = _reproduction(store.folder) if reproduces else None
+    drawn = _own_figures(store.folder, record) if reproduces else draw_figures(found, store.folder / "figures")
     shown = [f"<h2>{escape(d.title)}</h2>{figure(d.svg, d.caption, d.title)}" for d in drawn]
     first = [part for part, d in zip(shown, drawn, strict=True) if d.name in ("tradeoff", "sweep")]
-    title = f"moesaic sweep {environment.get('preset') or ''}".strip()
+    title = f"moesaic {preset}" if reproduces else f"moesaic sweep {preset}".strip()
     parts = [
         f'<h1>{escape(title)}</h1>\n<p class="soft">{escape(summary_line(rows, environment))}</p>',
+        published_section(record) if record else _UNFINISHED if reproduces else "",
         words_section(plain_words(found, compared)),
         *first,
         comparison_section(compared),
@@ -67,6 +78,34 @@ def write_report(run_dir: Path) -> Path:
     path = store.folder / "report.html"
     path.write_text(page(title, [part for part in parts if part]), encoding="utf-8")
     return path
+
+
+_REPRODUCE = "reproduce "
+_UNFINISHED = "<p>The reproduction did not end, so there is no comparison with the published numbers yet.</p>"
+
+
+def _reproduction(folder: Path) -> dict[str, Any] | None:
+    """What ``reproduction.json`` holds, None where the reproduction has not ended."""
+    path = folder / "reproduction.json"
+    if not path.exists():
+        return None
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    return record
+
+
+def _own_figures(folder: Path, record: Mapping[str, Any] | None) -> list[Drawn]:
+    """The SVG figures that a reproduction drew, as far as they are still there."""
+    from moesaic.bench.figures import Drawn
+
+    paths = [folder / name for name in (record["figures"] if record else ()) if name.endswith(".svg")]
+    return [
+        Drawn(p.stem, p.stem.replace("-", " ").capitalize(), p.name, p.read_text(encoding="utf-8"))
+        for p in paths
+        if p.is_file()
+    ]
 
 
 def result_table(rows: Sequence[Row]) -> str:

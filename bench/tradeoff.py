@@ -90,7 +90,7 @@ def _moe(n_experts: int, m: int, top_k: int) -> Architecture:
 
 
 def _gates() -> list[Architecture]:
-    """The other five gates at E = 16, k = 1, and a shared expert of width 16 for which each routed one gives up a unit."""
+    """The other five gates at E = 16, k = 1; a shared expert of width 16, for which each routed one gives up a unit."""
     gates = ("switch", "sigmoid", "straight_through", "random", "oracle")
     sliced = [Architecture(f"MoE 16×4 k=1, {gate}", _toy(4, 16, 1, gate), ("C",), "gates") for gate in gates]
     shared = _toy(3, 16, 1, GRID_GATE, shared=16)

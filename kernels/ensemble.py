@@ -9,6 +9,7 @@ A model's state is one row of a flat (S, P) tensor, in the order of ``EnsembleSh
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -149,11 +150,30 @@ def train_ensemble(
         raise ValueError(f"first_step={first_step}: takes an integer from 0 to 2**32 - steps")
     losses, load_losses = torch.empty(s, lr.shape[1]), torch.empty(s, lr.shape[1])
     kind, probability, size = settings.features.numpy()
-    numba_twin("toy_cpu").train_models(
-        n, shape.n_hidden, shape.n_experts, shape.top_k, shape.shared_hidden, shape.tied, shape.batch_size,
-        state.numpy(), exp_avg.numpy(), exp_avg_sq.numpy(), kind, settings.seeds.numpy().view("uint64"), probability,
-        size, settings.importance.numpy(), settings.gate.numpy(), lr.numpy(), settings.weight_decay.numpy(),
-        settings.beta1.numpy(), settings.beta2.numpy(), settings.eps.numpy(), settings.load_balance.numpy(),
-        settings.scale.numpy(), first_step, losses.numpy(), load_losses.numpy(),
-    )  # fmt: skip
+    twin = numba_twin("toy_cpu")
+    sizes = (n, shape.n_hidden, shape.n_experts, shape.top_k, shape.shared_hidden, shape.tied, shape.batch_size)
+    seeds = settings.seeds.numpy().view("uint64")
+    numbers = (
+        settings.weight_decay,
+        settings.beta1,
+        settings.beta2,
+        settings.eps,
+        settings.load_balance,
+        settings.scale,
+    )
+    per_model = [
+        *(tensor.numpy() for tensor in (state, exp_avg, exp_avg_sq)), kind, seeds, probability, size,
+        *(tensor.numpy() for tensor in (settings.importance, settings.gate, lr, *numbers)),
+    ]  # fmt: skip
+    outputs = losses.numpy(), load_losses.numpy()
+
+    def train(model: int) -> None:
+        twin.train_model(
+            *sizes, *(array[model] for array in per_model), first_step, *(array[model] for array in outputs)
+        )
+
+    # Compiled code holds no lock; Numba's own parallel loops would double the compilation.
+    with ThreadPoolExecutor(max(1, min(s, twin.get_num_threads()))) as pool:
+        for done in [pool.submit(train, model) for model in range(s)]:
+            done.result()
     return losses, load_losses

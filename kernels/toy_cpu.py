@@ -6,6 +6,7 @@ One module, because Numba's on-disk cache notices a change only in the file that
 from __future__ import annotations
 
 import numpy as np
+from numba import get_num_threads as get_num_threads
 from numba import njit, prange
 
 PAPER, SWITCH, SIGMOID, STRAIGHT_THROUGH, RANDOM, ORACLE = range(6)
@@ -370,8 +371,8 @@ def _gather(grad, rows, rows_t, first):
                 grad[e, i, j] = rows[first + e, i, j] + rows_t[first + e, j, i]
 
 
-@njit(nogil=True, error_model="numpy", fastmath=_MATH)
-def _train_model(
+@njit(nogil=True, error_model="numpy", fastmath=_MATH, cache=True)
+def train_model(
     n, m, n_experts, k, m0, tied, batch, theta, exp_avg, exp_avg_sq, kind, key, p, size, importance, gate, lr, decay,
     beta1, beta2, eps, load_balance, scale, first_step, losses, load_losses,
 ):  # fmt: skip
@@ -471,17 +472,3 @@ def _train_model(
         first, last = (at_router, at_shared) if frozen else (end, end)
         _adamw(theta[:first], grad[:first], exp_avg[:first], exp_avg_sq[:first], *args)
         _adamw(theta[last:end], grad[last:end], exp_avg[last:end], exp_avg_sq[last:end], *args)
-
-
-@njit(nogil=True, error_model="numpy", parallel=True, cache=True)
-def train_models(
-    n, m, n_experts, k, m0, tied, batch, theta, exp_avg, exp_avg_sq, kind, seeds, p, size, importance, gate, lr, decay,
-    beta1, beta2, eps, load_balance, scale, first_step, losses, load_losses,
-):  # fmt: skip
-    """Train S models: the first axis of every per-model argument. A model's bits do not depend on the others."""
-    for s in prange(theta.shape[0]):
-        _train_model(
-            n, m, n_experts, k, m0, tied, batch, theta[s], exp_avg[s], exp_avg_sq[s], kind[s], seeds[s], p[s], size[s],
-            importance[s], gate[s], lr[s], decay[s], beta1[s], beta2[s], eps[s], load_balance[s], scale[s], first_step,
-            losses[s], load_losses[s],
-        )  # fmt: skip

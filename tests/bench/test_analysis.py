@@ -204,6 +204,86 @@ def test_front_wants_high_dimensionality_and_is_per_data_set() -> None:
     assert found == [("C", "dense m=8"), ("C", "dense m=16"), ("D", "dense m=4")]
 
 
+TOY: Row = {
+    "status": "ok", "stage": "main", "n_features": 32, "n_experts": 1, "n_hidden": 8, "top_k": 1, "gate": "paper",
+    "tied": True, "parametrization": "paper", "router_init": "default", "features": "independent",
+    "feature_probability": 0.1, "steps": 10, "batch_size": 64, "lr": 0.01, "active_flops": 100, "total_width": 8,
+    "mean_dimensionality": 0.5,
+}  # fmt: skip
+
+
+def toys(loss: float, **columns: object) -> list[Row]:
+    return [{**TOY, "unexplained_variance": loss + seed / 100, "seed": seed, **columns} for seed in (0, 1)]
+
+
+DIFFERENT = [("n_features", 64), ("lr", 0.02), ("steps", 20), ("batch_size", 128), ("tied", False),
+             ("parametrization", "tms"), ("router_init", "k_hot")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("column", "other"), DIFFERENT)
+def test_partners_are_of_equal_data_and_settings(column: str, other: object) -> None:
+    moe = {"n_experts": 4, "n_hidden": 2}
+    rows = toys(0.4, **{column: other}) + toys(0.3, **moe)
+    assert comparisons(cells(rows)) == []
+    rows += toys(0.2) + toys(0.1, **moe, **{column: other})
+    found = comparisons(cells(rows))
+    assert len(found) == 4
+    assert all(c.moe.value(column) == c.dense.value(column) for c in found)
+    assert all(c.moe.dataset == c.dense.dataset for c in found)
+
+
+@pytest.mark.parametrize(("column", "other"), DIFFERENT)
+def test_front_is_of_cells_of_equal_data_and_settings(column: str, other: object) -> None:
+    rows = toys(0.4, **{column: other}) + toys(0.3) + toys(0.35, n_experts=4, n_hidden=2)
+    assert [c.mean("unexplained_variance") for c in on_front(cells(rows))] == pytest.approx([0.405, 0.305])
+
+
+def test_learning_rates_may_differ_where_they_were_tuned() -> None:
+    rows = toys(0.4) + toys(0.3, n_experts=4, n_hidden=2, lr=0.02)
+    rows = [{**r, "dataset": "S", "architecture": "MoE" if r["n_experts"] == 4 else "dense"} for r in rows]
+    assert comparisons(cells(rows)) == []
+    assert len(on_front(cells(rows))) == 2
+    rows += [{**rows[0], "stage": "tune", "seed": 9}]
+    assert [c.matched_by for c in comparisons(cells(rows))] == [EQUAL_WIDTH, EQUAL_FLOPS]
+    assert [c.architecture for c in on_front(cells(rows))] == ["MoE"]
+    steps = [{**r, "steps": 20} if r["architecture"] == "MoE" else r for r in rows]
+    assert comparisons(cells(steps)) == []
+
+
+def test_data_sets_of_different_n_features_are_two() -> None:
+    found = cells(toys(0.4) + toys(0.4, n_features=64))
+    assert [(c.dataset, c.architecture) for c in found] == [
+        ("independent, p = 0.1, n_features=32", "dense m=8"),
+        ("independent, p = 0.1, n_features=64", "dense m=8"),
+    ]
+
+
+def test_a_dense_cell_has_one_run_per_seed_whatever_the_gates() -> None:
+    gates = ("sigmoid", "switch", "paper")
+    rows = [r for gate in gates for e in (1, 4) for r in toys(0.1 * e, gate=gate, n_experts=e, n_hidden=8 // e)]
+    found = {c.architecture: c for c in cells(rows)}
+    assert list(found) == [
+        "dense m=8, sigmoid", "MoE 4×2 k=1, sigmoid", "dense m=8", "MoE 4×2 k=1, switch", "MoE 4×2 k=1, paper",
+    ]  # fmt: skip
+    assert [r["gate"] for r in found["dense m=8"].rows] == ["switch", "switch"]
+    assert {c.dense.architecture for c in comparisons(list(found.values()))} == {"dense m=8"}
+
+
+@pytest.mark.parametrize(
+    "columns", [{}, {"gate": "switch", "lr": 0.5}, {"gate": "sigmoid"}, {"gate": "switch", "n_experts": 4}]
+)
+def test_two_runs_of_one_seed_in_a_cell_are_an_error(columns: Row) -> None:
+    names = {"dataset": "S", "architecture": "A"}
+    with pytest.raises(ValueError, match="seed=0 of 'A' on 'S'"):
+        cells(toys(0.1, **names, n_experts=columns.get("n_experts", 1)) + toys(0.2, **{**names, **columns}))
+
+
+def test_exactly_k_data_are_told_apart_by_a_varying_probability() -> None:
+    kind = {"features": "exactly_k", "n_active": 3}
+    found = cells(toys(0.1, **kind) + toys(0.2, **kind, feature_probability=0.2))
+    assert [c.dataset for c in found] == [f"exactly 3 active, feature_probability={p}" for p in (0.1, 0.2)]
+
+
 def tuned(lr: float, loss: float, seed: int = 0, **columns: object) -> Row:
     return row("dense m=4", seed, loss, stage="tune", lr=lr, **columns)
 

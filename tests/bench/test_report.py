@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moesaic.bench.palette import DARK
-from moesaic.bench.plan import PlannedRun, Row
+from moesaic.bench.plan import InputError, PlannedRun, Row
 from moesaic.bench.report import result_table, write_report
 from moesaic.bench.tradeoff import TRADEOFF
 from moesaic.metrics.flops import count_flops
@@ -171,6 +171,66 @@ def test_report_of_any_other_sweep(tmp_path: Path) -> None:
     assert "&quot;n_features&quot;: 64" in text
     table = result_table(generic())
     assert "3 more data sets" in table
+
+
+def small() -> list[Row]:
+    """Two MoE cells whose made names are long: every varying column is part of them."""
+    tune, _ = TRADEOFF.stages(True, 1)
+    item = next(i for i in tune([]) if i.run.toy.n_experts > 1)
+    base = {k: v for k, v in measured(item).items() if k not in ("stage", "dataset", "architecture", "slice")}
+    alike: Row = {"features": "independent", "n_clusters": 0, "status": "ok"}
+    varied: list[Row] = [
+        {"lr": 0.001, "steps": 100, "batch_size": 64, "schedule": "cosine", "weight_decay": 0.1, "n_hidden": 2},
+        {"lr": 0.01, "steps": 200, "batch_size": 128, "schedule": "constant", "weight_decay": 0.01, "n_hidden": 4},
+    ]
+    return [{**base, **alike, **v, "run_key": f"{i}-{s}", "seed": s} for i, v in enumerate(varied) for s in (0, 1)]
+
+
+def test_figures_of_a_small_sweep_have_room_for_their_labels(tmp_path: Path) -> None:
+    text, _ = written(tmp_path, small(), preset="small")  # a layout without a solution warns, and warnings are errors
+    drawn = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert {"usage", "dimensionality", "features_per_dimension"} <= drawn
+    assert text.count("<svg") == len(drawn)
+
+
+RECORD = {
+    "name": "closed-form", "quick": True, "seeds": 2, "passed": False, "notes": ["1 of 28 trainings failed <&>"],
+    "checks": [
+        {"quantity": "agreement", "ours": 0.91234, "published": 0.95, "allowed": "±0.05", "passed": True,
+         "difference": -0.03766},
+        {"quantity": "loss", "ours": 0.00012, "published": None, "allowed": "> 1", "passed": False, "difference": None},
+        {"quantity": "shown", "ours": None, "published": None, "allowed": "", "passed": None, "difference": None},
+    ],
+    "figures": ["figures/closed-form.png", "figures/closed-form.svg", "figures/gone.svg"],
+}  # fmt: skip
+
+
+def test_report_of_a_reproduction_has_its_title_table_and_figures(tmp_path: Path) -> None:
+    (tmp_path / "reproduction.json").write_text(json.dumps(RECORD))
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "closed-form.svg").write_text('<svg width="72pt" viewBox="0 0 9 9"><path d="M0 0"/></svg>')
+    text, page = written(tmp_path, generic(), preset="reproduce closed-form")
+    assert "<h1>moesaic reproduce closed-form</h1>" in text
+    assert "<title>moesaic reproduce closed-form</title>" in text
+    entries = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in text.split("<tr>") if "<td" in line][:3]
+    assert entries == [
+        ["agreement", "0.9123", "0.9500", "-0.0377", "±0.05", "ok"],
+        ["loss", "1.20e-04", "not available", "-", "&gt; 1", "OUTSIDE"],
+        ["shown", "nan", "not available", "-", "-", ""],
+    ]
+    assert "Not reproduced." in text
+    assert "1 of 28 trainings failed &lt;&amp;&gt;" in text
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"closed-form.svg"}
+    assert [tag for tag, _ in page.seen].count("svg") == 1
+
+
+def test_report_of_a_reproduction_that_did_not_end_or_is_damaged(tmp_path: Path) -> None:
+    text, _ = written(tmp_path, generic(), preset="reproduce closed-form")
+    assert "did not end" in text
+    assert not (tmp_path / "figures").exists()
+    (tmp_path / "reproduction.json").write_text("{")
+    with pytest.raises(InputError, match=r"reproduction\.json"):
+        write_report(tmp_path)
 
 
 def test_report_of_a_sweep_in_which_everything_failed(tmp_path: Path) -> None:
