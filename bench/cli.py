@@ -49,6 +49,7 @@ Device = Annotated[str, tyro.conf.arg(metavar="NAME", help="auto, cpu or cuda.")
 Impl = Annotated[str, tyro.conf.arg(metavar="NAME", help="What trains on a CPU: auto, numba or torch.")]
 Seeds = Annotated[int | None, tyro.conf.arg(help="Seeds 0 … N-1 in place of the default number.", metavar="N")]
 Quick = Annotated[bool, tyro.conf.arg(help="A small version: the same code, fewer points.")]
+QuickAlready = Annotated[bool, tyro.conf.arg(help="Accepted by every command; here nothing is left out.")]
 Resume = Annotated[bool, tyro.conf.arg(help="Continue the runs that the folder holds.")]
 """Options that several subcommands share."""
 
@@ -57,6 +58,7 @@ Resume = Annotated[bool, tyro.conf.arg(help="Continue the runs that the folder h
 class Doctor:
     """What this machine can do: device, backend per op, versions, energy meters."""
 
+    quick: QuickAlready = False
     json: Json = False
 
     def run(self, argv: Sequence[str]) -> Answer:
@@ -157,6 +159,7 @@ class Report:
     folder: Annotated[
         tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR", help="A folder that sweep or reproduce wrote.")
     ]
+    quick: QuickAlready = False
     json: Json = False
 
     def run(self, argv: Sequence[str]) -> Answer:

@@ -132,6 +132,19 @@ def memory_bytes() -> int | None:
         return None
 
 
+def device_memory_bytes(device: str) -> int | None:
+    """The memory that bounds a run on ``device``: with CUDA the smaller of the host's and the GPU's; None if unknown.
+
+    A run on a GPU keeps its loss curves and learning rates on the host.
+    """
+    known = [memory_bytes()]
+    if device == "cuda":
+        import torch
+
+        known.append(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return min((size for size in known if size), default=None)
+
+
 def git_commit() -> str | None:
     """The commit of the checkout this code runs from, ``+`` appended where files differ; None for an installed copy."""
     here = Path(__file__).resolve()

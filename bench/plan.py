@@ -15,6 +15,10 @@ Row = dict[str, object]
 """One trained model as written to ``runs.jsonl``: JSON values only."""
 
 FLOAT32_BYTES = 4
+STEP_BYTES = 2 * FLOAT32_BYTES + 8 + 32
+"""Per training step: two losses, the learning rate as float64 and, while that table is built, as a Python float."""
+HELD_OUT_SAMPLES = 8192
+"""Samples of `moesaic.moe.held_out`."""
 
 
 class InputError(ValueError):
@@ -78,15 +82,52 @@ def training_bytes(run: Run) -> int:
     """About what one model of a group holds while training, in bytes.
 
     Weights, their gradient and two Adam moments; a batch at the input, the k decoded outputs, their gradients and the
-    router's scores; two loss curves. An estimate that only has to keep a group within bounds.
+    router's scores; two loss curves and the learning rates. An estimate that only has to keep a group within bounds.
     """
+    return sum(size for name, size in _memory(run).items() if name != "held_out")
+
+
+def check_memory(planned: Sequence[PlannedRun], available: int | None) -> None:
+    """Refuses runs that cannot fit into ``available`` bytes, by arithmetic alone; None means unknown, so all pass.
+
+    Raises:
+        InputError: naming the first such run, the bytes it needs and has, and the fields to lower.
+    """
+    for item in planned:
+        parts = _memory(item.run)
+        needed = sum(parts.values())
+        if available is not None and needed > available:
+            values = item.run.flat()
+            shown = ", ".join(f"{name} = {values[name]!r}" for name in _MEMORY_FIELDS)
+            lower = _TO_LOWER[max(parts, key=lambda part: parts[part])]
+            raise InputError(
+                f"the run with {shown} needs about {needed} bytes of memory ({needed / 2**30:.1f} GiB), "
+                f"available are {available} ({available / 2**30:.1f} GiB); lower {lower}"
+            )
+
+
+_MEMORY_FIELDS = ("n_features", "n_hidden", "n_experts", "top_k", "shared_hidden", "batch_size", "steps")
+_TO_LOWER = {
+    "parameters": "n_features, n_experts, n_hidden or shared_hidden",
+    "batch": "batch_size, n_features, n_experts or top_k",
+    "steps": "steps",
+    "held_out": "n_features or n_experts",
+}
+
+
+def _memory(run: Run) -> dict[str, int]:
     toy, training = run.toy, run.training
     decoders = 1 if toy.tied else 2
     width = toy.n_experts * toy.n_hidden + toy.shared_hidden
     parameters = toy.n_features * (decoders * width + 2 * toy.n_experts + 1)
     outputs = 2 * (toy.top_k + 1) + 2
     activations = training.batch_size * (toy.n_features * outputs + 3 * toy.n_experts)
-    return FLOAT32_BYTES * (4 * parameters + activations + 2 * training.steps)
+    return {
+        "parameters": FLOAT32_BYTES * 4 * parameters,
+        "batch": FLOAT32_BYTES * activations,
+        "steps": STEP_BYTES * training.steps,
+        "held_out": FLOAT32_BYTES * HELD_OUT_SAMPLES * (toy.n_features + toy.n_experts),
+    }
 
 
 def training_groups(

@@ -122,14 +122,21 @@ class RunStore:
         return self.parquet
 
     def environment(self) -> dict[str, object] | None:
-        """What `write_environment` wrote, or None."""
+        """What `write_environment` wrote, or None.
+
+        Raises:
+            InputError: the file is not a JSON object, so it was damaged or written by something else.
+        """
         if not self.environment_path.exists():
             return None
         try:
             loaded = json.loads(self.environment_path.read_text())
         except ValueError as error:
             raise InputError(f"{self.environment_path} is not JSON: {error}") from error
-        return dict(loaded)
+        if not isinstance(loaded, dict):
+            kind = type(loaded).__name__
+            raise InputError(f"{self.environment_path} holds a JSON {kind} where a sweep writes an object")
+        return loaded
 
     def write_environment(self, environment: Mapping[str, object]) -> None:
         """Replaces ``environment.json`` whole."""

@@ -17,13 +17,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
+from moesaic._version import __version__
 from moesaic.bench import environment
-from moesaic.bench.plan import InputError, PlannedRun, Preset, Row, plan_digest, training_groups, unique
+from moesaic.bench.plan import (
+    InputError,
+    PlannedRun,
+    Preset,
+    Row,
+    check_memory,
+    plan_digest,
+    training_groups,
+    unique,
+)
 from moesaic.bench.store import RunStore
 
 REDRAW_INTERVAL_S = 0.2
 LOG_INTERVAL_S = 10.0
 """Seconds between progress lines where stderr is a file."""
+RATE_SPAN_S = 30.0
+"""About how far back the rate looks: groups differ in cost, so old ones say little about the rest."""
 
 
 class Trainer(Protocol):
@@ -88,7 +100,8 @@ def run_sweep(
 
     Raises:
         InputError: before any training - an argument out of range, a missing package, a folder that cannot be
-            written, that holds rows without ``resume``, or that holds the rows of another plan.
+            written, that holds rows without ``resume``, or that holds the rows of another plan or version; a run that
+            does not fit into memory (in a later stage: before the training of that stage).
     """
     environment.require("duckdb", "tqdm")
     if seeds is not None and seeds < 1:
@@ -96,22 +109,32 @@ def run_sweep(
     device = environment.resolve_device(device)
     check_impl(impl, device)
     stages = preset.stages(quick, seeds)
+    memory = environment.device_memory_bytes(device)
+    first = unique(stages[0]([]))
+    check_memory(first, memory)
     request = {
-        "preset": preset.name, "spec": preset.spec, "quick": quick, "seeds": seeds, "device": device, "impl": impl,
+        "moesaic": __version__, "preset": preset.name,
+        "spec": preset.spec, "quick": quick, "seeds": seeds, "device": device, "impl": impl,
     }  # fmt: skip
-    store = open_store(out, {**request, "plan_hash": _plan_hash(preset, request, stages[0]([]))}, resume, argv)
+    store = open_store(out, {**request, "plan_hash": _plan_hash(preset, request, first)}, resume, argv)
 
     planned: list[PlannedRun] = []
     rows: list[Row] = []
     interrupted = False
+    trainer = trainer or train_and_measure
+    compiled = impl == "torch" or device != "cpu" or not _is_ours(trainer)
     with _Progress(enabled=progress) as bar:
         try:
             for number, stage in enumerate(stages, 1):
                 earlier = len(planned)
                 planned = unique([*planned, *stage(list(rows))])
+                check_memory(planned[earlier:], memory)
                 bar.stage(f"stage {number}/{len(stages)}" if len(stages) > 1 else preset.name)
                 groups = training_groups(planned[earlier:], max_models=max_models)
-                _run_groups(groups, store, bar, trainer or train_and_measure, device, impl)
+                if not compiled and not {item.run.key for item in planned[earlier:]} <= store.keys():
+                    bar.prepare("compiling (first time only)", compile_cpu_trainer)
+                    compiled = True
+                _run_groups(groups, store, bar, trainer, device, impl)
                 by_key = {row["run_key"]: row for row in store.rows()}
                 rows = [by_key[item.run.key] for item in planned]
         except KeyboardInterrupt:
@@ -133,6 +156,19 @@ def train_and_measure(
 
     result = train_runs([item.run for item in group], device=device, impl=impl, progress=progress)
     return measure(result, group, device=device)
+
+
+def compile_cpu_trainer() -> None:
+    """Trains one tiny model, after which the Numba trainer is compiled, or loaded from its cache, for every shape."""
+    from moesaic.moe import FeatureConfig, Run, ToyConfig, TrainConfig, train_runs
+
+    tiny = Run(ToyConfig(n_features=4), FeatureConfig(), TrainConfig(steps=1, batch_size=4))
+    train_runs([tiny], device="cpu", impl="numba")
+
+
+def _is_ours(trainer: Trainer) -> bool:
+    # The trainers of this package, the reproductions' too, are wrapped around `train_runs`; a caller's may be anything.
+    return str(getattr(trainer, "__module__", "")).partition(".")[0] == "moesaic"
 
 
 def check_impl(impl: str, device: str) -> None:
@@ -186,7 +222,7 @@ def _history(store: RunStore, request: Mapping[str, object], resume: bool, argv:
 
 def _plan_hash(preset: Preset, request: Mapping[str, object], first: Sequence[PlannedRun]) -> str:
     # Later stages follow from the first stage's rows and the request; a spec has one stage, and may move or be renamed.
-    named = ("device", "impl") if preset.spec is not None else ("device", "impl", "preset", "quick", "seeds")
+    named = ["moesaic", "device", "impl", *([] if preset.spec is not None else ["preset", "quick", "seeds"])]
     text = json.dumps([[request[name] for name in named], plan_digest(unique(first))])
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -195,8 +231,9 @@ def _difference(before: Mapping[str, object], request: Mapping[str, object]) -> 
     old, new = (_flatten({k: d.get(k) for k in request if k != "plan_hash"}) for d in (before, request))
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if not keys:
-        return "the same request, planned by another version of moesaic"
-    return "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys)
+        return "the same request, planned by other code of the same version"
+    named = {key: "moesaic version" if key == "moesaic" else key for key in keys}
+    return "; ".join(f"{named[key]}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
@@ -274,6 +311,7 @@ class _Progress:
         from tqdm import tqdm
 
         terminal = sys.stderr.isatty()
+        interval = REDRAW_INTERVAL_S if terminal else LOG_INTERVAL_S
         self._file = sys.stderr if terminal else _LogFile(sys.stderr)
         self._failed = 0
         self._base = 0  # model-steps of the finished groups
@@ -284,7 +322,8 @@ class _Progress:
             unit_scale=True,
             disable=not enabled,
             file=self._file,
-            mininterval=REDRAW_INTERVAL_S if terminal else LOG_INTERVAL_S,
+            mininterval=interval,
+            smoothing=min(1.0, 2 * interval / RATE_SPAN_S),  # the rate is an exponential mean over the redrawings
             miniters=1,
             dynamic_ncols=terminal,
             ncols=None if terminal else 120,
@@ -300,6 +339,17 @@ class _Progress:
 
     def stage(self, name: str) -> None:
         self._bar.set_description(name, refresh=False)
+
+    def prepare(self, words: str, work: Callable[[], None]) -> None:
+        """Does ``work`` before training, outside the rate and the elapsed time."""
+        if not self._bar.disable:
+            self._bar.clear()  # tqdm's own way to write would draw a bar that has no total yet
+            print(words, file=sys.stderr, flush=True)
+        start = time.time()
+        work()
+        if not self._bar.disable:
+            self._bar.start_t += time.time() - start
+            self._bar.last_print_t = time.time()
 
     def extend(self, total: int, done: int) -> None:
         """Adds a stage of ``total`` model-steps; ``done`` of them an earlier sweep's, not counted for the rate."""

@@ -128,6 +128,45 @@ def test_bad_input_exits_2_before_training_with_and_without_json(
     assert not (tmp_path / "out").exists()
 
 
+def test_every_command_takes_quick_and_json_and_says_what_quick_does(
+    spec: Path, tmp_path: Path, fake: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in cli.COMMANDS:
+        code, out, _ = call(capfd, name, "--help")
+        assert (code, "--quick" in out, "--json" in out) == (0, True, True), name
+        words = "nothing is left out" if name in ("doctor", "report") else "fewer points"
+        assert words in " ".join(out.translate(str.maketrans("│", " ")).split()), name
+    assert call(capfd, "doctor", "--quick", "--json")[0] == 0
+    assert call(capfd, "sweep", spec, "--out", tmp_path / "out", "--device", "cpu")[0] == 0
+    code, out, _ = call(capfd, "report", tmp_path / "out", "--quick", "--json")
+    assert (code, json.loads(out)["runs"]) == (0, 4)
+
+
+def test_a_damaged_environment_file_exits_2_on_resume(
+    spec: Path, tmp_path: Path, fake: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["sweep", spec, "--out", tmp_path / "out", "--device", "cpu"]
+    assert call(capfd, *argv)[0] == 0
+    path = tmp_path / "out" / "environment.json"
+    path.write_text('["a", "b"]')
+    code, out, err = call(capfd, *argv, "--resume")
+    assert (code, out, "Traceback" in err) == (2, "", False)
+    assert f"{path} holds a JSON list" in err
+
+
+def test_a_run_larger_than_the_memory_exits_2(
+    tmp_path: Path, fake: list[int], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moesaic.bench.environment.memory_bytes", lambda: 2**34)
+    large = tmp_path / "large.toml"
+    large.write_text("[run]\nsteps = 400_000_000\n[grid]\nn_hidden = [1, 2]\n")
+    code, out, err = call(capfd, "sweep", large, "--out", tmp_path / "out", "--device", "cpu")
+    assert (code, out, fake) == (2, "", [])
+    for words in ("n_hidden = 1", "steps = 400000000", "available are 17179869184 (16.0 GiB)", "lower steps"):
+        assert words in err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("package", ["numba", "matplotlib", "duckdb"])
 def test_a_missing_package_is_said_before_training(
     package: str, spec: Path, tmp_path: Path, fake: list[int], capfd: pytest.CaptureFixture[str],

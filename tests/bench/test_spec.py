@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.bench.plan import InputError, PlannedRun, training_groups, unique
+from moesaic.bench.plan import InputError, PlannedRun, check_memory, training_groups, unique
 from moesaic.bench.spec import load_spec, planned_runs
 from moesaic.moe.config import Run, ToyConfig, TrainConfig
 
@@ -130,3 +130,21 @@ def test_groups_hold_equal_shapes_in_plan_order_within_bounds() -> None:
     ]  # fmt: skip
     assert [len(group) for group in training_groups(plan, max_bytes=1)] == [1] * 10
     assert [len(group) for group in training_groups(plan)] == [5, 5]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "least"),
+    [
+        ("steps", 2**31, 2**31 * 16),
+        ("batch_size", 2**40, 2**40 * 4 * 5),
+        ("n_features", 2**40, 2**40 * 4 * (4 * 3 + 8192)),
+        ("n_hidden", 2**50, 2**50 * 16 * 5),
+        ("shared_hidden", 2**50, 2**50 * 16 * 5),
+    ],
+)
+def test_a_run_larger_than_the_memory_is_refused_by_arithmetic(field: str, value: int, least: int) -> None:
+    planned = [PlannedRun(Run()), PlannedRun(Run.from_flat({field: value}))]
+    with pytest.raises(InputError, match=rf"{field} = {value}.*; lower .*{field}"):
+        check_memory(planned, least)
+    check_memory(planned, None)
+    check_memory(planned[:1], 2**26)

@@ -248,3 +248,10 @@ def test_environment_reads_back(tmp_path: Path) -> None:
     store.environment_path.write_text("{")
     with pytest.raises(InputError, match=r"environment\.json is not JSON"):
         store.environment()
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "3", "null"])
+def test_an_environment_that_is_no_object_is_bad_input(text: str, tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_text(text)
+    with pytest.raises(InputError, match=r"environment\.json holds a JSON (list|int|NoneType)"):
+        RunStore(tmp_path).environment()

@@ -13,7 +13,8 @@ import pytest
 from moesaic.bench.plan import InputError, PlannedRun, Preset, Row, Stage
 from moesaic.bench.spec import spec_preset
 from moesaic.bench.store import TIME_COLUMNS, RunStore
-from moesaic.bench.sweep import SweepResult, reason, run_sweep
+from moesaic.bench.sweep import SweepResult, compile_cpu_trainer, reason, run_sweep
+from moesaic.moe.config import Run, TrainConfig
 
 SPEC = {"seeds": 3, "run": {"steps": 4, "batch_size": 2}, "grid": {"n_hidden": [1, 2, 3], "lr": [0.1, 0.2]}}
 
@@ -297,6 +298,35 @@ def test_resume_of_another_plan_is_refused_saying_what_differs(tmp_path: Path) -
     assert trainer.groups == []
 
 
+def test_resume_by_another_version_is_refused_naming_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moesaic.bench.sweep.__version__", "0.0.1")
+    sweep(tmp_path)
+    monkeypatch.setattr("moesaic.bench.sweep.__version__", "0.0.2")
+    trainer = Fake()
+    with pytest.raises(InputError, match=r"another plan \(moesaic version: '0.0.1' there, '0.0.2' now\)"):
+        sweep(tmp_path, trainer, resume=True)
+    assert trainer.groups == []
+    monkeypatch.setattr("moesaic.bench.sweep.__version__", "0.0.1")
+    assert len(sweep(tmp_path, trainer, resume=True).rows) == 18
+
+
+def test_a_later_stage_too_large_for_memory_is_refused_before_its_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moesaic.bench.environment.memory_bytes", lambda: 2**30)
+    small = PlannedRun(Run(training=TrainConfig(steps=1)))
+    large = PlannedRun(Run(training=TrainConfig(steps=1, batch_size=10**9)))
+
+    def stages(quick: bool, seeds: int | None) -> list[Stage]:
+        return [lambda rows: [small], lambda rows: [large]]
+
+    trainer = Fake()
+    with pytest.raises(InputError, match=r"batch_size = 1000000000.*lower batch_size"):
+        sweep(tmp_path, trainer, spec=Preset("staged", "", stages))
+    assert trainer.trained == [small.run.key]
+    assert len(RunStore(tmp_path).rows()) == 1
+
+
 def test_a_spec_that_only_changed_its_name_resumes(tmp_path: Path) -> None:
     rows = sweep(tmp_path, spec=spec_preset(SPEC, "one")).rows
     assert sweep(tmp_path, spec=spec_preset(SPEC, "other"), resume=True).rows == rows
@@ -358,6 +388,84 @@ def test_progress_in_a_log_is_whole_lines_with_rate_eta_and_loss(
     assert "72.0/72.0" in lines[-1]
     assert "model-steps/s" in lines[-1]
     assert "loss 0.5" in lines[-1]
+
+
+def test_compiling_happens_before_the_bar_and_outside_its_rate(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, order = FakeClock(), []
+    fake = Fake(lambda group: clock.pass_time(11.0))
+
+    def ours(group: Sequence[PlannedRun], **others: Any) -> list[Row]:
+        order.append("train")
+        return fake(group, **others)
+
+    def compile_it() -> None:
+        order.append("compile")
+        clock.pass_time(3600.0)
+
+    ours.__module__ = "moesaic.bench.sweep"
+    monkeypatch.setattr("time.time", clock)
+    monkeypatch.setattr("tqdm.std.time", clock)
+    monkeypatch.setattr("moesaic.bench.sweep.train_and_measure", ours)
+    monkeypatch.setattr("moesaic.bench.sweep.compile_cpu_trainer", compile_it)
+    run_sweep(spec_preset(SPEC), tmp_path / "a", device="cpu", max_models=2)
+    assert order == ["compile", *["train"] * 9]
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "compiling (first time only)"
+    assert "0.00/72.0 [00:00<" in lines[1]
+    assert "8.00/72.0 [00:11<01:28," in lines[2]
+    assert "[01:39<00:00" in lines[-1]
+    order.clear()
+    run_sweep(spec_preset(SPEC), tmp_path / "a", device="cpu", max_models=2, resume=True)
+    run_sweep(spec_preset(SPEC), tmp_path / "b", device="cpu", impl="torch")
+    assert "compile" not in order
+    assert "compiling" not in capfd.readouterr().err
+    plans = [[PlannedRun(Run(training=TrainConfig(steps=1), seed=seed))] for seed in (0, 1)]
+    run_sweep(
+        Preset("staged", "", lambda quick, seeds: [lambda rows: plans[0], lambda rows: plans[1]]),
+        tmp_path / "c",
+        device="cpu",
+    )
+    assert order.count("compile") == 1
+
+
+def test_the_tiny_run_that_compiles_is_trained_by_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("moesaic.moe.train_runs", lambda runs, **options: seen.append((runs, options)))
+    compile_cpu_trainer()
+    (((run,), options),) = seen
+    assert (run.toy.n_features, run.training.steps, run.training.batch_size) == (4, 1, 4)
+    assert options == {"device": "cpu", "impl": "numba"}
+
+
+def test_the_rate_follows_the_groups_that_run_now(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr("time.time", clock)
+    monkeypatch.setattr("tqdm.std.time", clock)
+    # 48 runs of 100 steps: the first half takes a second each, the second ten.
+    spec = {"seeds": 24, "run": {"steps": 100, "batch_size": 2}, "grid": {"n_hidden": [1, 2]}}
+    slow = Fake(lambda group: clock.pass_time(1.0 if group[0].run.toy.n_hidden == 1 else 10.0))
+    preset = spec_preset(spec)
+    run_sweep(preset, tmp_path, device="cpu", max_models=1, trainer=slow)
+    middle = next(line for line in capfd.readouterr().err.splitlines() if " 3.40k/4.80k " in line)
+    # 14 runs left at 10 s are 140 s; by the mean since the start (124 s for 34 runs) it would say 51 s.
+    assert "<02:" in middle
+
+
+class FakeClock:
+    """A clock that only the trainer moves."""
+
+    def __init__(self) -> None:
+        self.now = 1e9
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
 
 
 def test_a_reason_is_one_line_with_its_place() -> None:
