@@ -4,8 +4,8 @@
 active FLOPs is the dense width solved from encode + router + decode, forward and backward, and added to the plan.
 
 **Learning rate.** Stage ``tune`` trains every architecture on every data set at each rate of one grid, on a seed that
-no result uses and for all of the steps: where a router learns, the loss can fall and rise again (16×4 k=4 on S at
-0.003: .12 after 1,000 steps, .50 after 2,000), and shorter tuning picks such rates. Stage ``main`` takes for each
+no result uses and for all of the steps: where a router learns, a longer run can end worse (16×4 k=4 on S at 0.003:
+.12 after 1,000 steps, .50 after 2,000), and shorter tuning picks such rates. Stage ``main`` takes for each
 (architecture, data set) the rate with the lowest held-out loss. Per data set, because every comparison of the
 report lies within one: a rate shared by the three would be set by the one with the largest losses, and the gates, which
 run on one data set, would be tuned unlike what they are compared with.
