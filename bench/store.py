@@ -12,6 +12,7 @@ import errno
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -59,6 +60,9 @@ def columns() -> dict[str, str]:
         "seed": "BIGINT",
         **RESULT_COLUMNS,
     }
+
+
+_AS_THEY_ARE = (str, bool, int)
 
 
 class RunStore:
@@ -174,28 +178,36 @@ def read_rows(path: Path) -> tuple[dict[str, Row], int, int]:
     Raises:
         InputError: a line before the last is no JSON row.
     """
-    data = path.read_bytes() if path.exists() else b""
-    *lines, tail = data.split(b"\n")
-    whole = len(data) - len(tail)
     rows: dict[str, Row] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows.setdefault(row["run_key"], row)
-        except (ValueError, KeyError, TypeError) as error:
-            # A crash of the whole machine can leave the last line with its newline but without its content.
-            if number == len(lines) and not tail:
-                return rows, whole - len(line) - 1, len(data)
-            raise InputError(f"{path}: line {number} is not a row; repair or remove that line") from error
-    return rows, whole, len(data)
+    whole = 0
+    if not path.exists():
+        return rows, 0, 0
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = json.loads(line)
+                # Interned, as each row would otherwise hold column names of its own, half of its memory.
+                rows.setdefault(row["run_key"], {sys.intern(name): value for name, value in row.items()})
+            except (ValueError, KeyError, TypeError) as error:
+                # A crash of the whole machine can leave the last line with its newline but without its content.
+                if whole + len(line) == size:
+                    break
+                raise InputError(f"{path}: line {number} is not a row; repair or remove that line") from error
+            whole += len(line)
+    return rows, whole, size
 
 
 def jsonable(value: object) -> object:
     """``value`` as JSON can hold it: arrays and tensors as lists, NaN and infinities as null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | bool | int):
+    if value is None or isinstance(value, _AS_THEY_ARE):
         return value
+    if isinstance(value, list) and set(map(type, value)) == {int}:  # a histogram, longer than all other columns
+        return value.copy()
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -216,23 +228,31 @@ def write_parquet(rows: Sequence[Row], target: Path) -> None:
     types = dict(stated)
     for row in rows:
         for name, value in row.items():
-            types[name] = _join(types.get(name, ""), _type_of(value))
+            kind = _type_of(value)
+            if types.get(name) != kind:
+                types[name] = _join(types.get(name, ""), kind)
     names = [*stated, *sorted(types.keys() - stated.keys())]
     struct = ", ".join(f"{_quote(name)}: {_quote(_settled(types[name]))}" for name in names)
-    lines = [json.dumps(row) + "\n" for row in rows]
-    longest = max([len(line) for line in lines], default=0) + 1024
     source = target.with_name(f".{target.name}.rows")
+
+    def write_lines() -> int:
+        """Writes the rows to ``source`` and returns the bytes of the longest line."""
+        longest = 0
+        with source.open("w") as file:
+            for row in rows:
+                longest = max(longest, file.write(json.dumps(row) + "\n"))
+        return longest
 
     def copy(path: Path) -> None:
         # One thread: the bytes of the file must depend on the rows alone.
         with duckdb.connect(config={"threads": 1, "autoinstall_known_extensions": False}) as connection:
             connection.execute(
                 f"COPY (SELECT * FROM read_json({_quote(str(source))}, format='newline_delimited', "
-                f"maximum_object_size={longest}, columns={{{struct}}})) TO {_quote(str(path))} (FORMAT parquet)"
+                f"maximum_object_size={longest + 1024}, columns={{{struct}}})) TO {_quote(str(path))} (FORMAT parquet)"
             )
 
     try:
-        source.write_text("".join(lines))
+        longest = write_lines()
         replace_file(target, copy)
     finally:
         source.unlink(missing_ok=True)
@@ -276,6 +296,8 @@ def _type_of(value: object) -> str:
     if isinstance(value, str):
         return "VARCHAR"
     if isinstance(value, list):
+        if set(map(type, value)) == {int}:
+            return _join(_type_of(min(value)), _type_of(max(value))) + "[]"
         inner = ""
         for item in value:
             inner = _join(inner, _type_of(item))

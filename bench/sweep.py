@@ -6,16 +6,19 @@ missing run is trained again whole and only the missing rows are added; the bits
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from moesaic._version import __version__
 from moesaic.bench import environment
@@ -31,9 +34,14 @@ from moesaic.bench.plan import (
 )
 from moesaic.bench.store import RunStore
 
+if TYPE_CHECKING:
+    from moesaic.moe import Run, TrainResult
+
 REDRAW_INTERVAL_S = 0.2
 LOG_INTERVAL_S = 10.0
 """Seconds between progress lines where stderr is a file."""
+MAX_MODELS = 64
+"""Most models that a preset without a number of its own trains as one stack."""
 RATE_SPAN_S = 30.0
 """About how far back the rate looks: groups differ in cost, so old ones say little about the rest."""
 
@@ -49,6 +57,23 @@ class Trainer(Protocol):
     ) -> list[Row]:
         """Trains ``group`` on ``device`` with ``impl``."""
         ...
+
+
+Columns = Callable[["TrainResult", Sequence["Run"]], list[Row]]
+"""Extra columns of the rows of a trained stack: a dict per run, in the order of the stack."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackPreset(Preset):
+    """A preset whose rows carry more than `moesaic.bench.measure` gives, from stacks of a size of its own.
+
+    Args:
+        columns: (trained stack, its runs) → extra columns of each run's row.
+        max_models: most models trained as one stack.
+    """
+
+    columns: Columns
+    max_models: int
 
 
 @dataclass(frozen=True)
@@ -75,7 +100,7 @@ def run_sweep(
     impl: str = "auto",
     resume: bool = False,
     progress: bool = True,
-    max_models: int = 64,
+    max_models: int | None = None,
     trainer: Trainer | None = None,
     argv: Sequence[str] = (),
 ) -> SweepResult:
@@ -91,11 +116,12 @@ def run_sweep(
         quick: the preset's small version.
         seeds: seeds per configuration in place of the preset's own number.
         device: ``auto``, ``cpu`` or ``cuda``.
-        impl: ``auto``, ``numba`` or ``torch``: which CPU implementation trains.
+        impl: ``auto``, ``numba``, ``triton`` or ``torch``: what trains, as in `moesaic.moe.train_runs`.
         resume: continue the sweep that ``out`` holds.
         progress: draw a progress bar on stderr (lines, where that is a file).
-        max_models: most models trained as one group.
-        trainer: trains and measures a group; `train_and_measure` by default.
+        max_models: most models trained as one group; by default the preset's own number, or `MAX_MODELS`.
+        trainer: trains and measures a group; by default `train_and_measure`, with the preset's own columns if it has
+            such.
         argv: the command line, for ``environment.json``.
 
     Raises:
@@ -121,8 +147,10 @@ def run_sweep(
     planned: list[PlannedRun] = []
     rows: list[Row] = []
     interrupted = False
-    trainer = trainer or train_and_measure
-    compiled = impl == "torch" or device != "cpu" or not _is_ours(trainer)
+    if isinstance(preset, StackPreset):
+        trainer, max_models = trainer or trainer_with(preset.columns), max_models or preset.max_models
+    trainer, max_models = trainer or train_and_measure, max_models or MAX_MODELS
+    compiles, compiled = impl != "torch" and device == "cpu" and _is_ours(trainer), set[object]()
     with _Progress(enabled=progress) as bar:
         try:
             for number, stage in enumerate(stages, 1):
@@ -131,9 +159,13 @@ def run_sweep(
                 check_memory(planned[earlier:], memory)
                 bar.stage(f"stage {number}/{len(stages)}" if len(stages) > 1 else preset.name)
                 groups = training_groups(planned[earlier:], max_models=max_models)
-                if not compiled and not {item.run.key for item in planned[earlier:]} <= store.keys():
-                    bar.prepare("compiling (first time only)", compile_cpu_trainer)
-                    compiled = True
+                if compiles:
+                    held = store.keys()
+                    kinds = compiled_alike(item for item in planned[earlier:] if item.run.key not in held)
+                    new = [item for kind, item in kinds.items() if kind not in compiled]
+                    compiled |= kinds.keys()
+                    if new:
+                        bar.prepare("compiling (first time only)", partial(compile_cpu_trainer, new))
                 _run_groups(groups, store, bar, trainer, device, impl)
                 by_key = {row["run_key"]: row for row in store.rows()}
                 rows = [by_key[item.run.key] for item in planned]
@@ -158,12 +190,35 @@ def train_and_measure(
     return measure(result, group, device=device)
 
 
-def compile_cpu_trainer() -> None:
-    """Trains one tiny model, after which the Numba trainer is compiled, or loaded from its cache, for every shape."""
-    from moesaic.moe import FeatureConfig, Run, ToyConfig, TrainConfig, train_runs
+def trainer_with(columns: Columns) -> Trainer:
+    """`train_and_measure` whose rows also have ``columns`` of the trained stack."""
 
-    tiny = Run(ToyConfig(n_features=4), FeatureConfig(), TrainConfig(steps=1, batch_size=4))
-    train_runs([tiny], device="cpu", impl="numba")
+    def train(
+        group: Sequence[PlannedRun], *, device: str, impl: str, progress: Callable[[int, float], None]
+    ) -> list[Row]:
+        from moesaic.bench.measure import measure
+        from moesaic.moe import train_runs
+
+        runs = [item.run for item in group]
+        result = train_runs(runs, device=device, impl=impl, progress=progress)
+        rows, extra = measure(result, group, device=device), columns(result, runs)
+        return [{**row, **more} for row, more in zip(rows, extra, strict=True)]
+
+    return train
+
+
+def compiled_alike(planned: Iterable[PlannedRun]) -> dict[object, PlannedRun]:
+    """Return a run of each kind that the CPU trainers compile apart."""
+    return {(item.run.toy, item.run.features.features, item.run.training.load_balance != 0): item for item in planned}
+
+
+def compile_cpu_trainer(planned: Iterable[PlannedRun]) -> None:
+    """Trains and measures one step of each run, after which what they need is compiled, or loaded from its cache."""
+    for item in planned:
+        training = dataclasses.replace(item.run.training, steps=1, batch_size=4)
+        tiny = dataclasses.replace(item, run=dataclasses.replace(item.run, training=training))
+        with contextlib.suppress(Exception):  # a run that cannot be trained is reported with its group
+            train_and_measure([tiny], device="cpu", impl="numba", progress=lambda steps, loss: None)
 
 
 def _is_ours(trainer: Trainer) -> bool:
@@ -173,10 +228,12 @@ def _is_ours(trainer: Trainer) -> bool:
 
 def check_impl(impl: str, device: str) -> None:
     """Raises `InputError` unless ``impl`` is known and can run here."""
-    if impl not in ("auto", "numba", "torch"):
-        raise InputError(f"--impl {impl!r}: must be one of auto, numba, torch")
-    if impl == "numba" and device != "cpu":
-        raise InputError(f"--impl numba: runs on cpu only, the device is {device}")
+    from moesaic.moe.trainer import IMPLS
+
+    if impl not in IMPLS:
+        raise InputError(f"--impl {impl!r}: must be one of {', '.join(IMPLS)}")
+    if impl in ("numba", "triton") and (impl == "numba") != (device == "cpu"):
+        raise InputError(f"--impl {impl}: runs on {'cpu' if impl == 'numba' else 'cuda'} only, the device is {device}")
     if impl != "torch" and device == "cpu":
         environment.require("numba")
 

@@ -9,6 +9,8 @@ from moesaic.kernels.encode_features import encode_features as encode_features
 from moesaic.kernels.ensemble import EnsembleSettings as EnsembleSettings
 from moesaic.kernels.ensemble import EnsembleShape as EnsembleShape
 from moesaic.kernels.ensemble import train_ensemble as train_ensemble
+from moesaic.kernels.evaluate import EnsembleEvaluation as EnsembleEvaluation
+from moesaic.kernels.evaluate import evaluate_ensemble as evaluate_ensemble
 from moesaic.kernels.expert_mlp import expert_mlp as expert_mlp
 from moesaic.kernels.features import FeatureTable as FeatureTable
 from moesaic.kernels.features import sample_features as sample_features

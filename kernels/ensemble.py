@@ -9,15 +9,16 @@ A model's state is one row of a flat (S, P) tensor, in the order of ``EnsembleSh
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moesaic.kernels._extras import numba_twin
 from moesaic.kernels.features import FeatureTable
 
+_CPU = torch.device("cpu")
 GATES = ("paper", "switch", "sigmoid", "straight_through", "random", "oracle")
 
 
@@ -100,80 +101,105 @@ def train_ensemble(
     """Train S models for lr.shape[1] steps in place, each from its own samples, and return the training losses.
 
     The result of a model depends neither on the other models, nor on how many steps one call covers, nor on the thread
-    count. CPU only so far, fp32, one thread per model at a time; memory beyond the state is about 6·P + B·(n + E)
-    floats per thread.
+    count. fp32 throughout. On a CPU samples lie along SIMD lanes and models are spread over threads; the smallest
+    shapes have a compiled step of their own. On a GPU a model is a program: with its state in registers if it is small
+    enough, else in memory, for at most ``ensemble_memory.LIMIT_BYTES`` bytes of state per model.
 
     Args:
         shape: the common sizes.
         settings: the per-model settings.
-        state: (S, P) float32, contiguous, updated in place.
+        state: (S, P) float32, contiguous, updated in place; its device is where the training runs.
         exp_avg: (S, P) float32, Adam's first moment, updated in place.
         exp_avg_sq: (S, P) float32, Adam's second moment, updated in place.
-        lr: (S, steps) float64, learning rate of each step.
+        lr: (S, steps) float64, learning rate of each step; on the CPU, like the settings.
         first_step: index of the first step, counted from 0: drives the samples and Adam's bias correction.
 
     Returns:
-        (S, steps) float32 reconstruction losses and (S, steps) load-balance losses.
+        (S, steps) float32 reconstruction losses and (S, steps) load-balance losses, on the device of ``state``.
 
     Raises:
-        ValueError: naming the tensor whose shape, type or device does not fit.
+        ValueError: naming the tensor whose shape, type or device does not fit, or the size that no kernel takes.
         ImportError: without Numba.
     """
     s, p, n = state.shape[0], shape.n_parameters, shape.n_features
+    trained = {"state": state, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     expected = {
-        "state": (state, (s, p), torch.float32),
-        "exp_avg": (exp_avg, (s, p), torch.float32),
-        "exp_avg_sq": (exp_avg_sq, (s, p), torch.float32),
-        "lr": (lr, (s, lr.shape[-1]), torch.float64),
-        "importance": (settings.importance, (s, n), torch.float32),
-        "features.probability": (settings.features.probability, (s, n), torch.float32),
-        "gate": (settings.gate, (s,), torch.int64),
-        "seeds": (settings.seeds, (s,), torch.int64),
-        "scale": (settings.scale, (s,), torch.float32),
+        **{name: (tensor, (s, p), torch.float32, state.device) for name, tensor in trained.items()},
+        "lr": (lr, (s, lr.shape[-1]), torch.float64, _CPU),
+        "importance": (settings.importance, (s, n), torch.float32, _CPU),
+        "features.probability": (settings.features.probability, (s, n), torch.float32, _CPU),
+        "gate": (settings.gate, (s,), torch.int64, _CPU),
+        "seeds": (settings.seeds, (s,), torch.int64, _CPU),
+        "scale": (settings.scale, (s,), torch.float32, _CPU),
         **{
-            name: (getattr(settings, name), (s,), torch.float64)
+            name: (getattr(settings, name), (s,), torch.float64, _CPU)
             for name in ("weight_decay", "beta1", "beta2", "eps", "load_balance")
         },
     }
-    for name, (tensor, size, dtype) in expected.items():
+    for name, (tensor, size, dtype, device) in expected.items():
         if (
             tuple(tensor.shape) != size
             or tensor.dtype != dtype
-            or tensor.device.type != "cpu"
+            or tensor.device != device
             or not tensor.is_contiguous()
         ):
             raise ValueError(
-                f"{name}: takes a contiguous CPU tensor {size} {dtype}, "
+                f"{name}: takes a contiguous tensor {size} {dtype} on {device}, "
                 f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
     if not 0 <= first_step <= 2**32 - lr.shape[1]:
         raise ValueError(f"first_step={first_step}: takes an integer from 0 to 2**32 - steps")
-    losses, load_losses = torch.empty(s, lr.shape[1]), torch.empty(s, lr.shape[1])
-    kind, probability, size = settings.features.numpy()
-    twin = numba_twin("toy_cpu")
-    sizes = (n, shape.n_hidden, shape.n_experts, shape.top_k, shape.shared_hidden, shape.tied, shape.batch_size)
-    seeds = settings.seeds.numpy().view("uint64")
-    numbers = (
-        settings.weight_decay,
-        settings.beta1,
-        settings.beta2,
-        settings.eps,
-        settings.load_balance,
-        settings.scale,
-    )
-    per_model = [
-        *(tensor.numpy() for tensor in (state, exp_avg, exp_avg_sq)), kind, seeds, probability, size,
-        *(tensor.numpy() for tensor in (settings.importance, settings.gate, lr, *numbers)),
-    ]  # fmt: skip
-    outputs = losses.numpy(), load_losses.numpy()
+    args = (shape, settings, state, exp_avg, exp_avg_sq, lr, first_step)
+    if state.device.type == "cpu":
+        from moesaic.kernels import ensemble_cpu
 
-    def train(model: int) -> None:
-        twin.train_model(
-            *sizes, *(array[model] for array in per_model), first_step, *(array[model] for array in outputs)
-        )
+        return ensemble_cpu.launch(*args)
+    from moesaic.kernels import ensemble_memory, ensemble_registers
 
-    # Compiled code holds no lock; Numba's own parallel loops would double the compilation.
-    with ThreadPoolExecutor(max(1, min(s, twin.get_num_threads()))) as pool:
-        for done in [pool.submit(train, model) for model in range(s)]:
-            done.result()
-    return losses, load_losses
+    if ensemble_registers.fits(shape, settings):
+        return ensemble_registers.launch(*args)
+    ensemble_memory.check(shape, settings)
+    return ensemble_memory.launch(*args)
+
+
+def has_gpu_kernel(shape: EnsembleShape, settings: EnsembleSettings) -> bool:
+    """Whether `train_ensemble` takes these models on a GPU."""
+    from moesaic.kernels import ensemble_memory, ensemble_registers
+
+    return ensemble_registers.fits(shape, settings) or ensemble_memory.fits(shape, settings)
+
+
+def executed_samples(
+    shape: EnsembleShape, counts: Sequence[float], trained_by: str, *, independent: bool = True
+) -> int:
+    """Return the samples that the routed experts compute in one step, those masked and those that pad included.
+
+    Up to three experts may be masked: each then computes every sample (on a GPU at most: with k = 1 it shares most of
+    the work). Otherwise an expert computes its own samples in whole SIMD vectors (``numba``) or tiles (``triton``), or
+    exactly its own (``torch``).
+
+    Args:
+        shape: the common sizes.
+        counts: samples assigned to each expert, E of them, adding up to k·B.
+        trained_by: ``numba``, ``triton`` or ``torch``.
+        independent: whether features are independent; kernels that mask take only such.
+
+    Raises:
+        ValueError: for another name.
+    """
+    sizes = (shape.n_features, shape.n_hidden, shape.n_experts, shape.shared_hidden, shape.tied)
+    if trained_by == "torch":
+        return round(sum(counts))
+    if trained_by == "numba":
+        from moesaic.kernels import toy_unrolled
+
+        masked, block = toy_unrolled.fits(*sizes), 16
+    elif trained_by == "triton":
+        from moesaic.kernels import ensemble_memory, ensemble_registers
+
+        masked, block = ensemble_registers.fits_shape(shape), ensemble_memory.tiles(shape).samples
+    else:
+        raise ValueError(f"trained_by={trained_by!r}: takes numba, triton or torch")
+    if masked and independent:
+        return shape.n_experts * shape.batch_size
+    return sum(math.ceil(count / block) * block for count in counts)

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moesaic.kernels.ensemble import GATES, EnsembleSettings, EnsembleShape, train_ensemble
+from moesaic.kernels.ensemble import GATES, EnsembleSettings, EnsembleShape, has_gpu_kernel, train_ensemble
 from moesaic.kernels.features import sample_features
 from moesaic.moe.checkpoint import load_checkpoint, save_checkpoint
 from moesaic.moe.config import FeatureConfig, Run, ToyConfig, TrainConfig
 from moesaic.moe.data import feature_table, importance
 from moesaic.moe.toy import ToyModel, ensemble_shape
 
-IMPLS = ("auto", "numba", "torch")
+IMPLS = ("auto", "numba", "triton", "torch")
 _CHUNK_S = 0.5
 
 
@@ -42,7 +42,7 @@ class TrainResult:
         losses: (S, steps) float32, reconstruction loss of each training batch, before its update.
         load_balance_losses: (S, steps) float32, the load-balance term, coefficient included.
         wall_s: seconds of training of the whole stack, compilation excluded.
-        impl: ``numba`` or ``torch``, which trained them.
+        impl: ``numba``, ``triton`` or ``torch``, which trained them.
         failed: per run, why it failed (the first step whose loss is not finite), or None.
     """
 
@@ -74,7 +74,7 @@ def train(
         training: the optimisation; the paper's by default.
         seeds: one model each.
         device: as in ``train_runs``, like what follows.
-        impl: ``auto``, ``numba`` or ``torch``.
+        impl: ``auto``, ``numba``, ``triton`` or ``torch``.
         callback: called after every step.
         checkpoint: a file to resume from and to write.
 
@@ -108,9 +108,9 @@ def train_runs(
         runs: at least one; they may differ in data, importance, gate, seed and optimisation, not in tensor shapes,
             steps or batch.
         device: ``cpu`` or a CUDA device.
-        impl: ``numba`` (CPU; whole training without leaving compiled code), ``torch`` (autograd on the stack, any
-            device), or
-            ``auto`` (``numba`` on a CPU). The two draw the same samples and agree up to rounding.
+        impl: ``numba`` (CPU) or ``triton`` (GPU): whole training in compiled code; ``torch``: autograd on the stack, on
+            any device; ``auto``: ``numba`` on a CPU, and on a GPU ``triton`` where its kernels take the models. All
+            draw the same samples and agree up to rounding.
         callback: called after every step.
         progress: called now and then with the number of steps done since the last call and the stack's mean loss.
         checkpoint: a file; if it exists, training resumes from it, bit for bit; it is rewritten every
@@ -135,10 +135,10 @@ def train_runs(
         raise ValueError(f"device={device!r}: takes 'cpu', 'cuda' or 'cuda:N'") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: this torch sees no CUDA device")
-    if impl == "auto":
-        impl = "numba" if kind == "cpu" else "torch"
-    if impl == "numba" and kind != "cpu":
-        raise ValueError(f"impl='numba': takes device='cpu', got {device!r}")
+    if impl in ("numba", "triton") and (impl == "numba") != (kind == "cpu"):
+        raise ValueError(
+            f"impl={impl!r}: takes {'a CPU' if impl == 'numba' else 'a CUDA device'}, got device={device!r}"
+        )
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every={checkpoint_every}: takes an integer >= 1")
     runs = list(runs)
@@ -168,7 +168,7 @@ def train_runs(
         trainer.losses,
         trainer.load_losses,
         trainer.wall_s,
-        impl,
+        trainer.impl,
         [_failure(row) for row in trainer.losses],
     )
 
@@ -182,7 +182,7 @@ class _Trainer:
     """Flat state (S, P) of the stack, whose views are the model's parameters."""
 
     def __init__(self, runs: list[Run], device: str, impl: str) -> None:
-        self.runs, self.impl, self.step, self.wall_s = runs, impl, 0, 0.0
+        self.runs, self.step, self.wall_s = runs, 0, 0.0
         first = runs[0]
         self.shape: EnsembleShape = ensemble_shape(first.toy, first.training.batch_size)
         self.model = ToyModel.from_runs(runs).to(device)
@@ -193,9 +193,13 @@ class _Trainer:
         steps = first.training.steps
         self.losses = torch.full((len(runs), steps), torch.nan)
         self.load_losses = torch.full((len(runs), steps), torch.nan)
-        self.lr = torch.tensor([[run.training.lr_at(t) for t in range(steps)] for run in runs], dtype=torch.float64)
+        self.lr = _learning_rates(runs)
         self.settings = _settings(runs)
-        if impl == "numba" and steps:
+        if impl == "auto":
+            on_cpu = self.state.device.type == "cpu"
+            impl = "numba" if on_cpu else "triton" if has_gpu_kernel(self.shape, self.settings) else "torch"
+        self.impl = impl
+        if impl != "torch" and steps:
             self._compile()
 
     def _compile(self) -> None:
@@ -207,7 +211,7 @@ class _Trainer:
         """Train n_steps and return the seconds they took."""
         start = time.perf_counter()
         window = slice(self.step, self.step + n_steps)
-        if self.impl == "numba":
+        if self.impl != "torch":
             self.losses[:, window], self.load_losses[:, window] = train_ensemble(
                 self.shape,
                 self.settings,
@@ -292,6 +296,15 @@ class _Trainer:
 
     def _keys(self) -> str:
         return ",".join(run.key for run in self.runs)
+
+
+def _learning_rates(runs: list[Run]) -> Tensor:
+    schedules: dict[TrainConfig, Tensor] = {}
+    for run in runs:
+        if run.training not in schedules:
+            rates = [run.training.lr_at(step) for step in range(run.training.steps)]
+            schedules[run.training] = torch.tensor(rates, dtype=torch.float64)
+    return torch.stack([schedules[run.training] for run in runs])
 
 
 def _settings(runs: list[Run]) -> EnsembleSettings:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moesaic.bench import evaluation
 from moesaic.bench.measure import METRICS, measure
 from moesaic.bench.plan import PlannedRun, Row
 from moesaic.bench.store import RESULT_COLUMNS
@@ -207,6 +208,78 @@ def test_a_row_does_not_depend_on_its_stack() -> None:
         assert row["wall_s"] == pytest.approx(8.0 / 3)
 
 
+STACKS = {
+    "tiny dense": (ToyConfig(2, 1), 300),
+    "tiny": (ToyConfig(3, 2, 3), 300),
+    "pairs of features": (ToyConfig(16, 5, 3, 2, shared_hidden=2), 20),
+    "Gram matrices": (ToyConfig(20, 4, 2, 1), 12),
+    "untied": (ToyConfig(5, 3, 2, 2, shared_hidden=1, tied=False), 6),
+}
+
+
+@pytest.mark.parametrize("case", STACKS)
+def test_no_bit_of_a_row_depends_on_its_stack(case: str) -> None:
+    toy, count = STACKS[case]
+    runs = [
+        Run(
+            dataclasses.replace(toy, gate=("paper", "switch", "sigmoid")[s % 3]),
+            FeatureConfig(feature_probability=(s % 7 + 1) / 7, importance="last", importance_base=1 + s / 10),
+            TRAINING,
+            seed=s,
+        )
+        for s in range(count)
+    ]
+    result = stack(runs)
+    # Features that are alone and features that are not, models of great and of small norms.
+    result.model.weight.data *= torch.linspace(0, 2, count)[:, None, None, None]
+    result.model.weight.data[::2, :, 0, 1:] = 0
+    result.model.weight.data[::2, :, 1:, 0] = 0
+    together = measure(result, [PlannedRun(run) for run in runs])
+    for i in [*range(0, count, max(1, count // 30)), count - 1]:
+        alone = dataclasses.replace(
+            result, runs=[runs[i]], model=result.model.select(i), losses=result.losses[i : i + 1], failed=[None],
+            wall_s=result.wall_s / count,
+        )  # fmt: skip
+        assert measure(alone, [PlannedRun(runs[i])]) == [together[i]]
+
+
+def close(value: object) -> object:
+    """``value``, floats up to rounding in fp32."""
+    if isinstance(value, list):
+        return [close(item) for item in value]
+    return pytest.approx(value, rel=1e-6, abs=1e-9) if isinstance(value, float) else value
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_the_twin_and_pytorch_give_one_row(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [dataclasses.replace(RUNS[case], seed=seed) for seed in range(3)]
+    twin = measure(stack(runs), [PlannedRun(run) for run in runs])
+    monkeypatch.setattr(evaluation, "_TWIN_PRODUCTS", {"cpu": 0})
+    rows = measure(stack(runs), [PlannedRun(run) for run in runs])
+    for ours, theirs in zip(twin, rows, strict=True):
+        assert {name: ours[name] for name in METRICS} == {name: close(theirs[name]) for name in METRICS}
+        assert ours.keys() == theirs.keys()
+
+
+def test_models_of_equal_data_share_their_held_out_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[float] = []
+
+    def counted(run: Run, n_samples: int) -> Tensor:
+        drawn.append(run.features.feature_probability)
+        return held_out(run, n_samples)
+
+    monkeypatch.setattr(evaluation, "held_out", counted)
+    runs = [
+        Run(ToyConfig(3, 1), FeatureConfig(feature_probability=p, importance="last", importance_base=base), TRAINING)
+        for base in (0.5, 1.0, 2.0)
+        for p in (0.2, 0.7)
+    ]
+    whole = measure(stack(runs), [PlannedRun(run) for run in runs])
+    assert sorted(drawn) == [0.2, 0.7]
+    monkeypatch.setattr(evaluation, "_BATCH_BYTES", 1)  # one batch at a time
+    assert measure(stack(runs), [PlannedRun(run) for run in runs]) == whole
+
+
 def test_an_untied_model_is_measured_without_regard_to_its_hidden_basis() -> None:
     run = Run(ToyConfig(12, 3, 2, shared_hidden=2, tied=False), SPARSE, TRAINING)
     result = stack([run])
@@ -237,7 +310,7 @@ def test_compute_columns_are_per_sample_of_training() -> None:
     row = row_of(RUNS["sigmoid and shared"])
     n, m, n_experts, k, m0 = 12, 3, 4, 2, 2
     routed = 2 * 2 * n * n_experts
-    assert row["active_flops"] == row["executed_flops"] == 5 * 2 * n * (k * m + m0) + routed
+    assert row["active_flops"] == 5 * 2 * n * (k * m + m0) + routed
     assert row["dense_flops"] == 5 * 2 * n * (n_experts * m + m0) + routed
     assert row["total_width"] == n_experts * m + m0
     assert row["active_width"] == k * m + m0
@@ -246,6 +319,32 @@ def test_compute_columns_are_per_sample_of_training() -> None:
     moved = row_of(dataclasses.replace(RUNS["sigmoid and shared"], training=smaller_batch))["bytes"]
     assert isinstance(moved, int)
     assert moved > number(row, "bytes") > 0
+
+
+@pytest.mark.parametrize("impl", ["numba", "torch"])
+def test_executed_flops_count_masked_experts_and_padding(impl: str) -> None:
+    batch = 100
+
+    def flops_and_usage(run: Run) -> tuple[int, list[float]]:
+        row = measure(dataclasses.replace(stack([run]), impl=impl), [PlannedRun(run)])[0]
+        assert row["executed_flops"] == row["active_flops"] or impl == "numba"
+        usage = row["usage"]
+        assert isinstance(usage, list)
+        return int(number(row, "executed_flops")), usage
+
+    training = TrainConfig(steps=1, batch_size=batch)
+    masked, _ = flops_and_usage(Run(ToyConfig(3, 2, 3), SPARSE, training))
+    assert masked == 5 * 2 * 3 * (3 if impl == "numba" else 1) * 2 + 2 * 2 * 3 * 3
+    for run in (
+        Run(ToyConfig(3, 2, 3), FeatureConfig("clustered", n_clusters=3), training),
+        Run(ToyConfig(12, 3, 4, 2, shared_hidden=2), SPARSE, training),
+    ):
+        toy = run.toy
+        grouped, usage = flops_and_usage(run)
+        rows = sum(math.ceil(round(share * batch * toy.top_k, 9) / 16) * 16 for share in usage)
+        rows = rows if impl == "numba" else batch * toy.top_k
+        width = rows * toy.n_hidden + batch * toy.shared_hidden
+        assert grouped == round(5 * 2 * toy.n_features * width / batch) + 2 * 2 * toy.n_features * toy.n_experts
 
 
 def test_a_failed_run_gives_its_reason_and_no_metrics() -> None:

@@ -13,8 +13,8 @@ import pytest
 from moesaic.bench.plan import InputError, PlannedRun, Preset, Row, Stage
 from moesaic.bench.spec import spec_preset
 from moesaic.bench.store import TIME_COLUMNS, RunStore
-from moesaic.bench.sweep import SweepResult, compile_cpu_trainer, reason, run_sweep
-from moesaic.moe.config import Run, TrainConfig
+from moesaic.bench.sweep import SweepResult, compile_cpu_trainer, compiled_alike, reason, run_sweep
+from moesaic.moe.config import FeatureConfig, Run, ToyConfig, TrainConfig
 
 SPEC = {"seeds": 3, "run": {"steps": 4, "batch_size": 2}, "grid": {"n_hidden": [1, 2, 3], "lr": [0.1, 0.2]}}
 
@@ -355,7 +355,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, mo
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(InputError, match=r"--device cuda: torch .* finds no CUDA device"):
         run_sweep(spec_preset(SPEC), out, device="cuda")
-    with pytest.raises(InputError, match="--impl 'jax': must be one of auto, numba, torch"):
+    with pytest.raises(InputError, match="--impl 'jax': must be one of auto, numba, triton, torch"):
         run_sweep(spec_preset(SPEC), out, impl="jax")
     with pytest.raises(InputError, match="seeds = 0: must be an integer >= 1"):
         run_sweep(spec_preset(SPEC), out, seeds=0)
@@ -400,7 +400,7 @@ def test_compiling_happens_before_the_bar_and_outside_its_rate(
         order.append("train")
         return fake(group, **others)
 
-    def compile_it() -> None:
+    def compile_it(planned: list[PlannedRun]) -> None:
         order.append("compile")
         clock.pass_time(3600.0)
 
@@ -430,13 +430,31 @@ def test_compiling_happens_before_the_bar_and_outside_its_rate(
     assert order.count("compile") == 1
 
 
-def test_the_tiny_run_that_compiles_is_trained_by_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tiny_run_of_each_kind_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [
+        Run(ToyConfig(4, 2, gate=gate), features, TrainConfig(steps=50, batch_size=64, load_balance=balance), seed=seed)
+        for gate in ("paper", "switch")
+        for features in (
+            FeatureConfig(),
+            FeatureConfig(feature_probability=0.5),
+            FeatureConfig("clustered", n_clusters=2),
+        )
+        for balance in (0.0, 0.1, 0.2)
+        for seed in (0, 1)
+    ]
+    kinds = list(compiled_alike(map(PlannedRun, runs)).values())
+    assert len(kinds) == 2 * 2 * 2
     seen: list[Any] = []
-    monkeypatch.setattr("moesaic.moe.train_runs", lambda runs, **options: seen.append((runs, options)))
-    compile_cpu_trainer()
-    (((run,), options),) = seen
-    assert (run.toy.n_features, run.training.steps, run.training.batch_size) == (4, 1, 4)
-    assert options == {"device": "cpu", "impl": "numba"}
+
+    def train(group: Sequence[PlannedRun], **options: Any) -> list[Row]:
+        seen.append((group[0].run, options))
+        raise RuntimeError("this run cannot be trained")
+
+    monkeypatch.setattr("moesaic.bench.sweep.train_and_measure", train)
+    compile_cpu_trainer(kinds)
+    assert [run.toy for run, _ in seen] == [item.run.toy for item in kinds]
+    assert {(run.training.steps, run.training.batch_size) for run, _ in seen} == {(1, 4)}
+    assert all((options["device"], options["impl"]) == ("cpu", "numba") for _, options in seen)
 
 
 def test_the_rate_follows_the_groups_that_run_now(

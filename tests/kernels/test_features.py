@@ -109,11 +109,42 @@ def test_streams_are_independent() -> None:
     } == {}
 
 
-def test_the_independence_test_sees_a_broken_counter() -> None:
-    def forgets_the_step(t: FeatureTable, batch: int, *, seeds: Tensor, step: int, stream: int) -> Tensor:
-        return sample_features(t, batch, seeds=seeds, step=0, stream=stream)
+@pytest.mark.parametrize("forgotten", ["seeds", "steps", "streams", "rows", "blocks"])
+def test_the_independence_test_sees_a_broken_counter(forgotten: str) -> None:
+    def forgets(t: FeatureTable, batch: int, *, seeds: Tensor, step: int, stream: int) -> Tensor:
+        if forgotten == "seeds":
+            seeds = seeds * 0
+        step, stream = (0 if forgotten == name else value for name, value in (("steps", step), ("streams", stream)))
+        x = sample_features(t, batch, seeds=seeds, step=step, stream=stream)
+        if forgotten == "rows":  # a counter that steps every other row
+            x = x[:, torch.arange(batch) // 2]
+        return x[..., torch.arange(x.shape[-1]) % 4] if forgotten == "blocks" else x
 
-    assert worst_correlation_z(*neighbours(forgets_the_step)["steps"]) > 5
+    assert worst_correlation_z(*neighbours(forgets)[forgotten]) > 5
+
+
+def test_values_are_uniform() -> None:
+    x = sample_features(table(INDEPENDENT, 1.0, 1), 100_000, seeds=SEEDS[:1])[0].double()
+    counts = torch.stack([torch.histc(column, 64, 0.0, 1.0) for column in x.T])
+    expected = x.shape[0] / 64
+    chi_square = ((counts - expected) ** 2 / expected).sum(-1)
+    # 63 degrees of freedom: mean 63, standard deviation √126; 115 is passed by one in 10,000 columns of a true uniform.
+    assert float(chi_square.max()) < 115
+    squared = torch.stack([torch.histc(column, 64, 0.0, 1.0) for column in x.T.square()])
+    assert float(((squared - expected) ** 2 / expected).sum(-1).min()) > 1000
+
+
+@pytest.mark.parametrize("first_step", [0, 2**32 - 5])
+def test_models_of_a_stack_and_many_steps_are_independent(first_step: int) -> None:
+    seeds = torch.arange(40) + 1000
+    many = FeatureTable(torch.full((40,), INDEPENDENT), torch.full((40, 3), 0.5), torch.ones(40).long())
+    x = torch.stack([sample_features(many, 512, seeds=seeds, step=first_step + t) for t in range(4)])
+    values = x.double().permute(1, 0, 3, 2).reshape(40 * 4 * 3, 512)
+    values = (values - values.mean(1, keepdim=True)) / values.std(1, keepdim=True)
+    correlation = (values @ values.T / 512).fill_diagonal_(0.0)
+    # 115,000 pairs, each N(0, 1/512): the largest lies near 4.5 standard deviations.
+    assert float(correlation.abs().max()) < 6 / 512**0.5
+    assert abs(float((x > 0).double().mean()) - 0.5) < 5 * 0.5 / x.numel() ** 0.5
 
 
 def test_refuses_bad_tables() -> None:

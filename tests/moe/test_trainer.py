@@ -16,6 +16,10 @@ SHAPES = [
     ToyConfig(16, 3, 4, 1),
     ToyConfig(12, 2, 3, 2, shared_hidden=2),
     ToyConfig(12, 2, 3, 3, tied=False),
+    ToyConfig(24, 4, 8, 2),
+    # Small enough for the CPU's unrolled step.
+    ToyConfig(3, 2, 2),
+    ToyConfig(3, 2, 3, 2),
 ]
 FAST = TrainConfig(steps=200, batch_size=64, lr=3e-3, schedule="cosine", reduction="sum", load_balance=0.01)
 
@@ -177,8 +181,10 @@ def test_refusals() -> None:
         train_runs([Run(), Run(ToyConfig(6, 2))])
     with pytest.raises(ValueError, match="impl='jax'"):
         train_runs([Run()], impl="jax")
-    with pytest.raises(ValueError, match="impl='numba': takes device='cpu'"):
+    with pytest.raises(ValueError, match="impl='numba': takes a CPU, got device='meta'"):
         train_runs([Run()], impl="numba", device="meta")
+    with pytest.raises(ValueError, match="impl='triton': takes a CUDA device, got device='cpu'"):
+        train_runs([Run()], impl="triton")
     with pytest.raises(ValueError, match="device='gpu'"):
         train_runs([Run()], device="gpu")
     with pytest.raises(ValueError, match="seeds=3: takes a sequence"):
