@@ -28,10 +28,9 @@ CASES = [
 ]
 
 
-def trained(
-    n: int, m: int, n_experts: int, k: int, gate: str, load_balance: float = 0.0, **changed: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def trained(case: tuple[int, int, int, int, str, float], **changed: float) -> tuple[Tensor, Tensor, Tensor]:
     """Train 6 models for 100 steps and return losses, load-balance losses and weights."""
+    n, m, n_experts, k, gate, load_balance = case
     shape = EnsembleShape(n, m, n_experts, k, 0, True, BATCH)
     generator, models, steps = torch.Generator().manual_seed(7), 6, 100
 
@@ -49,7 +48,7 @@ def trained(
         seeds=torch.arange(models) + 2**40,
         scale=torch.full((models,), 1 / BATCH),
         weight_decay=full("weight_decay", 0.01), beta1=full("beta1", 0.9), beta2=full("beta2", 0.999),
-        eps=full("eps", 1e-8), load_balance=torch.full((models,), load_balance, dtype=torch.float64),
+        eps=full("eps", 1e-8), load_balance=full("load_balance", load_balance),
     )  # fmt: skip
     state = torch.randn(models, shape.n_parameters, generator=generator) * 0.5
     moments = torch.zeros_like(state), torch.zeros_like(state)
@@ -70,11 +69,11 @@ ALLOWED = 5e-7  # the worst case gives 6e-8, an ulp or less of weights and losse
 def test_the_unrolled_step_is_the_grouped_one(
     case: tuple[int, int, int, int, str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = trained(*case)
+    ours = trained(case)
     made: list[object] = []
     monkeypatch.setattr(toy_unrolled, "unrolled_trainer", made.append)
     monkeypatch.setattr(toy_unrolled, "fits", lambda *sizes: False)
-    theirs = trained(*case)
+    theirs = trained(case)
     assert not made
     assert apart(ours, theirs) < ALLOWED
     assert float(ours[0][:, -20:].mean()) < 0.9 * float(ours[0][:, :20].mean())
@@ -83,9 +82,9 @@ def test_the_unrolled_step_is_the_grouped_one(
 @pytest.mark.parametrize("changed", [{"weight_decay": 0.0}, {"load_balance": 0.09}, {"eps": 1e-5}], ids=str)
 def test_the_agreement_can_fail(changed: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     case = (3, 2, 3, 2, "paper", 0.1)
-    ours = trained(*case)
+    ours = trained(case)
     monkeypatch.setattr(toy_unrolled, "fits", lambda *sizes: False)
-    theirs = trained(*case[:5], **{"load_balance": case[5]} | changed)
+    theirs = trained(case, **changed)
     assert apart(ours, theirs) > 5 * ALLOWED
 
 
