@@ -96,12 +96,13 @@ def op_backends(device: str) -> list[Backend]:
     asked = os.environ.get("MOESAIC_BACKEND")
     note = ""
     if asked == "triton":
-        note = "; MOESAIC_BACKEND=triton has no effect: this version has no Triton kernels"
+        note = "; MOESAIC_BACKEND=triton has no effect: the device alone chooses in this version"
     elif asked and asked not in BACKENDS:
         note = f"; MOESAIC_BACKEND={asked} has no effect: takes {' or '.join(BACKENDS)}"
     ops = [Backend(op, "torch", f"its only implementation in this version{note}") for op in TORCH_OPS]
     if device != "cpu":
-        training = Backend("train_ensemble", "torch", f"the Numba twin is for cpu; PyTorch trains on {device}{note}")
+        why = f"the device is {device}; what its kernels do not take (n > 128, m or E > 32, exactly-k data) PyTorch trains"
+        training = Backend("train_ensemble", "triton", why + note)
     elif "numba" in environment.missing_extras().get("bench", []):
         training = Backend("train_ensemble", "none", f"Numba is missing; --impl torch trains without it, slower{note}")
     else:

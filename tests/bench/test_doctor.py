@@ -40,13 +40,13 @@ def test_every_op_it_names_exists() -> None:
 def test_the_implementation_follows_device_and_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MOESAIC_BACKEND", raising=False)
     assert op_backends("cpu")[-1].runs == "numba"
-    assert op_backends("cuda")[-1].runs == "torch"
+    assert op_backends("cuda")[-1].runs == "triton"
     monkeypatch.setitem(sys.modules, "numba", None)
     missing = op_backends("cpu")[-1]
     assert (missing.runs, "Numba is missing" in missing.why) == ("none", True)
 
 
-@pytest.mark.parametrize(("value", "words"), [("triton", "no Triton kernels"), ("gpu", "takes triton or cpu")])
+@pytest.mark.parametrize(("value", "words"), [("triton", "the device alone"), ("gpu", "takes triton or cpu")])
 def test_a_backend_that_cannot_be_had_is_said(value: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOESAIC_BACKEND", value)
     assert all(f"MOESAIC_BACKEND={value} has no effect" in op.why and words in op.why for op in op_backends("cpu"))
