@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moesaic.bench.analysis import LOSS, Cell, cells, comparisons
 from moesaic.bench.plan import InputError, Row
 from moesaic.bench.report_page import escape, figure, page
+from moesaic.bench.report_phase import panel_figures, panels_section, panels_table
 from moesaic.bench.report_sections import (
     comparison_section,
     definitions_section,
@@ -23,6 +24,7 @@ from moesaic.bench.report_sections import (
     summary_line,
     words_section,
 )
+from moesaic.bench.reproduce.phase_plan import is_phase
 from moesaic.bench.store import RunStore
 from moesaic.bench.words import interval, plain_words, result_lines, si
 
@@ -52,12 +54,19 @@ def write_report(run_dir: Path) -> Path:
     if not rows:
         raise FileNotFoundError(f"{store.path}: no rows to report on")
     environment = store.environment() or {}
-    found = cells(rows)
+    phase = is_phase(rows)
+    # Cells of a phase diagram are points of its maps, not architectures to be listed and compared one by one.
+    found = [] if phase else cells(rows)
     compared = comparisons(found)
     preset = str(environment.get("preset") or "")
     reproduces = preset.startswith(_REPRODUCE) and not environment.get("spec")
     record = _reproduction(store.folder) if reproduces else None
-    drawn = _own_figures(store.folder, record) if reproduces else draw_figures(found, store.folder / "figures")
+    if phase and not record:
+        drawn = panel_figures(rows, store.folder / "figures")
+    elif reproduces:
+        drawn = _own_figures(store.folder, record)
+    else:
+        drawn = draw_figures(found, store.folder / "figures")
     shown = [f"<h2>{escape(d.title)}</h2>{figure(d.svg, d.caption, d.title)}" for d in drawn]
     first = [part for part, d in zip(shown, drawn, strict=True) if d.name in ("tradeoff", "sweep")]
     title = f"moesaic {preset}" if reproduces else f"moesaic sweep {preset}".strip()
@@ -69,10 +78,9 @@ def write_report(run_dir: Path) -> Path:
         comparison_section(compared),
         *(part for part in shown if part not in first),
         rates_section(rows),
-        results_section(found),
+        panels_section(rows) if phase else results_section(found),
         failed_section(rows),
-        slowest_section(rows),
-        definitions_section(found),
+        "" if phase else slowest_section(rows) + definitions_section(found),
         environment_section(environment),
     ]
     path = store.folder / "report.html"
@@ -99,20 +107,24 @@ def _reproduction(folder: Path) -> dict[str, Any] | None:
 def _own_figures(folder: Path, record: Mapping[str, Any] | None) -> list[Drawn]:
     """The SVG figures that a reproduction drew, as far as they are still there."""
     from moesaic.bench.figures import Drawn
+    from moesaic.bench.reproduce.phase_figures import WORDS
 
     paths = [folder / name for name in (record["figures"] if record else ()) if name.endswith(".svg")]
-    return [
-        Drawn(p.stem, p.stem.replace("-", " ").capitalize(), p.name, p.read_text(encoding="utf-8"))
-        for p in paths
-        if p.is_file()
-    ]
+    drawn = []
+    for path in paths:
+        if path.is_file():
+            title, caption = WORDS.get(path.stem, (path.stem.replace("-", " ").capitalize(), path.name))
+            drawn.append(Drawn(path.stem, title, caption, path.read_text(encoding="utf-8")))
+    return drawn
 
 
 def result_table(rows: Sequence[Row]) -> str:
     """A small plain-text table, an architecture per line: active FLOPs, and unexplained variance on each data set.
 
-    Below it, one line per kind of comparison and what was left out.
+    Below it, one line per kind of comparison and what was left out. Of phase diagrams, the panels instead.
     """
+    if is_phase(rows):
+        return panels_table(rows)
     found = cells(rows)
     failed = sum(r.get("status") != "ok" for r in rows)
     if not found:

@@ -27,6 +27,8 @@ from moesaic.bench.words import interval, si
 
 SLOWEST = 8
 """Most lines of the table of slowest runs."""
+MAX_FAILED = 100
+"""Most lines of the table of failed runs."""
 
 _KINDS = (
     (EQUAL_WIDTH, "Every hidden unit counts, active or not."),
@@ -65,9 +67,7 @@ def summary_line(rows: Sequence[Row], environment: Mapping[str, object]) -> str:
     if environment.get("started"):
         text += f" Started {str(environment['started'])[:19].replace('T', ' ')} UTC."
     if environment.get("quick"):
-        text += (
-            " This is --quick: fewer points and shorter training than the full sweep, too short for its conclusions."
-        )
+        text += " This is --quick: fewer points, seeds or steps than the full run has, too few for its conclusions."
     return text
 
 
@@ -194,19 +194,20 @@ def _plain(cell: Cell, key: str) -> str:
 
 def failed_section(rows: Sequence[Row]) -> str:
     """The runs without a result, and why."""
-    failed = [r for r in labelled(rows) if r.get("status") != "ok"]
-    if not failed:
+    if all(r.get("status") == "ok" for r in rows):
         return "<h2>Failed runs</h2><p>None.</p>"
+    failed = [r for r in labelled(rows) if r.get("status") != "ok"]
     columns = [Column(c, "text") for c in ("stage", "data", "architecture", "lr", "seed", "run")]
     lines = [
         (
             r.get("stage") or "", r["dataset"], r["architecture"], r.get("lr"), r.get("seed"),
             str(r.get("run_key"))[:12], r.get("error"),
         )
-        for r in failed
+        for r in failed[:MAX_FAILED]
     ]  # fmt: skip
     body = table([*columns, Column("reason", "long")], lines)
-    return f"<h2>Failed runs</h2><p>{len(failed)} of {len(rows)}; they enter no mean above.</p>{body}"
+    shown = f" The first {MAX_FAILED}:" if len(failed) > MAX_FAILED else ""
+    return f"<h2>Failed runs</h2><p>{len(failed)} of {len(rows)}; they enter no mean above.{shown}</p>{body}"
 
 
 def slowest_section(rows: Sequence[Row]) -> str:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moesaic.bench import environment
 from moesaic.bench.plan import InputError, PlannedRun, Preset, Row
-from moesaic.bench.reproduce import closed_form, features_per_dimension, specialization
+from moesaic.bench.reproduce import closed_form, features_per_dimension, phase, specialization
 from moesaic.bench.reproduce.result import Check, Reproduction, format_table, load_targets
 from moesaic.bench.store import jsonable, replace_file
-from moesaic.bench.sweep import Trainer, run_sweep
+from moesaic.bench.sweep import run_sweep, trainer_with
 
 REPRODUCTIONS: dict[str, Reproduction] = {
-    module.REPRODUCTION.name: module.REPRODUCTION for module in (closed_form, features_per_dimension, specialization)
+    module.REPRODUCTION.name: module.REPRODUCTION
+    for module in (closed_form, features_per_dimension, specialization, phase)
 }
 
 
@@ -57,15 +58,15 @@ def reproduce(
     """Train the models of a published result, compare, and write rows, figures and ``reproduction.json`` to ``out``.
 
     Trainings that ``out`` holds already are not repeated. The published numbers and allowances come from
-    ``targets.json`` in this package; `quick` uses the same code with fewer points, fewer seeds and wider allowances.
+    ``targets.json`` in this package; `quick` uses the same code with fewer points, fewer seeds and its own allowances.
 
     Args:
         name: a key of `REPRODUCTIONS`.
         out: the run folder; made if missing.
         quick: the small version.
-        seeds: seeds 0 … seeds−1 in place of the reproduction's own number.
+        seeds: trainings of each configuration from different seeds, in place of the reproduction's own number.
         device: ``auto``, ``cpu`` or ``cuda``.
-        impl: ``auto``, ``numba`` or ``torch``: which CPU implementation trains.
+        impl: ``auto``, ``numba``, ``triton`` or ``torch``: what trains, as in `moesaic.moe.train_runs`.
         resume: continue what ``out`` holds; if false, a folder with rows is refused.
         progress: draw a progress bar on stderr.
         argv: the command line, for ``environment.json``.
@@ -85,7 +86,7 @@ def reproduce(
     preset = Preset(f"reproduce {name}", reproduction.description, lambda quick, seeds: [lambda earlier: planned])
     swept = run_sweep(
         preset, out, quick=quick, seeds=count, device=device, impl=impl, resume=resume, progress=progress,
-        max_models=reproduction.max_models, trainer=_trainer(reproduction), argv=argv,
+        max_models=reproduction.max_models, trainer=trainer_with(reproduction.columns), argv=argv,
     )  # fmt: skip
     if swept.interrupted:
         return ReproductionResult(name, swept.rows, False, [], "", [], interrupted=True)
@@ -105,18 +106,3 @@ def reproduce(
     text = json.dumps(jsonable(record), indent=2, ensure_ascii=False) + "\n"
     replace_file(Path(out) / "reproduction.json", lambda path: path.write_text(text, encoding="utf-8"))
     return ReproductionResult(name, swept.rows, passed, outcome.figures, table, outcome.checks)
-
-
-def _trainer(reproduction: Reproduction) -> Trainer:
-    def train(
-        group: Sequence[PlannedRun], *, device: str, impl: str, progress: Callable[[int, float], None]
-    ) -> list[Row]:
-        from moesaic.bench.measure import measure
-        from moesaic.moe import train_runs
-
-        runs = [item.run for item in group]
-        result = train_runs(runs, device=device, impl=impl, progress=progress)
-        rows, extra = measure(result, group, device=device), reproduction.columns(result, runs)
-        return [{**row, **more} for row, more in zip(rows, extra, strict=True)]
-
-    return train

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table; build it with `within`, `above` or `shown`.
+    """One line of the table; build it with `within`, `relative`, `above` or `shown`.
 
     Args:
         quantity: what is compared, in words.
@@ -42,6 +42,11 @@ class Check:
 def within(quantity: str, ours: float, published: float, allowance: float) -> Check:
     """Judge |ours − published| ≤ allowance; NaN does not pass."""
     return Check(quantity, ours, published, f"±{allowance:g}", abs(ours - published) <= allowance)
+
+
+def relative(quantity: str, ours: float, published: float, share: float) -> Check:
+    """Judge |ours − published| ≤ share · |published|; NaN does not pass."""
+    return Check(quantity, ours, published, f"±{share:.0%}", abs(ours - published) <= share * abs(published))
 
 
 def above(quantity: str, ours: float, limit: float) -> Check:
@@ -91,7 +96,7 @@ class Reproduction:
     Args:
         name: what the user types.
         description: one sentence.
-        seeds: seeds 0 … seeds−1 of the full run.
+        seeds: trainings of each configuration in the full run, from different seeds.
         quick_seeds: the same for ``quick``.
         max_models: most models trained as one stack; a resumed reproduction repeats at most that many.
         plan: (quick, seeds) → the trainings.
