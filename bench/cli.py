@@ -46,7 +46,7 @@ class Command(Protocol):
 Json = Annotated[bool, tyro.conf.arg(help="Print exactly one JSON object on stdout; progress stays on stderr.")]
 Out = Annotated[Path, tyro.conf.arg(metavar="DIR", help="Run folder; made if missing.")]
 Device = Annotated[str, tyro.conf.arg(metavar="NAME", help="auto, cpu or cuda.")]
-Impl = Annotated[str, tyro.conf.arg(metavar="NAME", help="What trains on a CPU: auto, numba or torch.")]
+Impl = Annotated[str, tyro.conf.arg(metavar="NAME", help="What trains: auto, numba (CPU), triton (GPU) or torch.")]
 Seeds = Annotated[int | None, tyro.conf.arg(help="Seeds 0 … N-1 in place of the default number.", metavar="N")]
 Quick = Annotated[bool, tyro.conf.arg(help="A small version: the same code, fewer points.")]
 QuickAlready = Annotated[bool, tyro.conf.arg(help="Accepted by every command; here nothing is left out.")]
@@ -75,7 +75,7 @@ class Sweep:
 
     preset: Annotated[
         tyro.conf.Positional[str],
-        tyro.conf.arg(metavar="PRESET|SPEC.toml", help="Name of a preset, such as tradeoff, or a file."),
+        tyro.conf.arg(metavar="PRESET|SPEC.toml", help="Name of a preset, tradeoff or phase, or a file."),
     ]
     out: Out
     device: Device = "auto"
@@ -121,7 +121,7 @@ class Reproduce:
 
     name: Annotated[
         tyro.conf.Positional[str],
-        tyro.conf.arg(metavar="NAME", help="closed-form, features-per-dimension or specialization."),
+        tyro.conf.arg(metavar="NAME", help="closed-form, features-per-dimension, phase or specialization."),
     ]
     out: Out
     device: Device = "auto"
@@ -153,6 +153,27 @@ class Reproduce:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """Time kernels and whole trainings against peers, in turn in one process."""
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME", help="ensemble.")]
+    out: Out
+    against: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="PEER …", help="What to measure against; vmap, torch-stacked.")
+    ] = ()
+    device: Device = "auto"
+    quick: Quick = False
+    json: Json = False
+
+    def run(self, argv: Sequence[str]) -> Answer:
+        """Measures, and writes JSON, Markdown and a figure."""
+        from moesaic.bench.kernel_bench import run_bench
+
+        result = run_bench(self.name, self.out, against=self.against, device=self.device, quick=self.quick, argv=argv)
+        return Answer(int(bool(result.failures)), result.record, result.text)
+
+
+@dataclass(frozen=True)
 class Report:
     """Draw the figures and report.html of a run folder again."""
 
@@ -177,7 +198,7 @@ class Report:
         return Answer(0, {"out": self.folder, "runs": len(rows), "report": report}, str(report))
 
 
-COMMANDS: dict[str, Any] = {"doctor": Doctor, "sweep": Sweep, "reproduce": Reproduce, "report": Report}
+COMMANDS: dict[str, Any] = {"doctor": Doctor, "sweep": Sweep, "reproduce": Reproduce, "bench": Bench, "report": Report}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,12 +3,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moesaic.bench import cli, reproduce, sweep
+from moesaic.bench import cli, kernel_bench, reproduce, sweep
 from moesaic.bench.plan import Row
 from moesaic.bench.store import RunStore
 
@@ -110,13 +111,17 @@ def test_bad_input_exits_2_before_training_with_and_without_json(
         ("sweep", spec, *out, "--device", "cuda"): "finds no CUDA device",
         ("sweep", spec, *out, "--device", "gpu"): "must be one of auto, cpu, cuda",
         ("sweep", spec, *out, "--engine", "ray"): "must be local",
-        ("sweep", spec, *out, "--impl", "jax"): "must be one of auto, numba, torch",
+        ("sweep", spec, *out, "--impl", "jax"): "must be one of auto, numba, triton, torch",
         ("sweep", spec, *out, "--seeds", "0"): "must be an integer >= 1",
         ("sweep", spec, *out, "--seeds", "x"): "--seeds",
         ("sweep", spec): "--out",
         ("sweep", spec, *out, "--fast"): "--fast",
         ("reproduce", "closed-from", *out): "did you mean 'closed-form'?; there are: closed-form, ",
         ("report", tmp_path / "absent"): "no runs.jsonl with rows",
+        ("bench", "ensembel", *out): "did you mean 'ensemble'?; there are: ensemble",
+        ("bench", "ensemble", *out, "--against", "vmap", "jax"): "'jax': no such peer; bench ensemble has vmap",
+        ("bench", "ensemble", *out, "--device", "gpu"): "must be one of auto, cpu, cuda",
+        ("bench", "ensemble"): "--out",
     }
     for argv, words in cases.items():
         code, stdout, stderr = call(capfd, *argv)
@@ -238,6 +243,27 @@ def test_reproduce_exits_0_only_within_the_allowance(
     )
     code, out, _ = call(capfd, *argv, "--json")
     assert (code, json.loads(out)["passed"]) == (int(not passed), passed)
+
+
+@pytest.mark.parametrize("failures", [[], ["vmap differs"]])
+def test_bench_passes_its_options_on_and_exits_1_where_it_failed(
+    failures: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[kernel_bench.Options] = []
+
+    def run(options: kernel_bench.Options) -> kernel_bench.Findings:
+        asked.append(options)
+        return kernel_bench.Findings([], [kernel_bench.Table("fast")], lambda folder: [], failures=failures)
+
+    monkeypatch.setitem(kernel_bench.BENCHES, "ensemble", replace(kernel_bench.BENCHES["ensemble"], run=run))
+    argv = ["bench", "ensemble", "--out", tmp_path, "--device", "cpu", "--quick", "--against", "torch-stacked", "vmap"]
+    code, out, _ = call(capfd, *argv)
+    assert (code, out.splitlines()[0]) == (int(bool(failures)), "fast")
+    assert (asked[0].against, asked[0].device, asked[0].quick) == (("torch-stacked", "vmap"), "cpu", True)
+    code, out, _ = call(capfd, *argv, "--json")
+    record = json.loads(out)
+    assert (code, record["failures"]) == (int(bool(failures)), failures)
+    assert record == json.loads((tmp_path / "bench-ensemble.json").read_text())
 
 
 def test_help_needs_none_of_the_heavy_packages() -> None:
