@@ -9,13 +9,19 @@ The bias picks but does not weigh (auxiliary-loss-free balancing, arXiv:2408.156
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from importlib.util import find_spec
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-SCORINGS = ("softmax", "softmax_topk", "sigmoid")
-GROUP_SCORES = ("top2", "max")
+from moesaic.kernels import routing_eager
+from moesaic.kernels.routing_op import route_op
+from moesaic.kernels.routing_options import checked_options
+
+IMPLS = ("auto", "fused", "torch")
+MAX_FUSED_EXPERTS = 1024
+"""Experts of a row that the Triton kernel holds at once."""
 
 
 class Routing(NamedTuple):
@@ -25,67 +31,55 @@ class Routing(NamedTuple):
     ids: Tensor
 
 
-def _check(
+class RoutingStatistics(NamedTuple):
+    """How a batch is shared out; the losses and ``mean_probs`` are differentiable in the logits.
+
+    counts (E,) int64: choices of each expert; mean_probs (E,): P_e, mean over tokens of softmax(l)_e; load_balance_loss
+    (): E Σ_e f_e P_e with f_e = counts_e/(T k) (Fedus et al. 2021, arXiv:2101.03961); z_loss (): mean over tokens of
+    (log Σ_e e^l)² (Zoph et al. 2022, arXiv:2202.08906). No tokens give 0. Rows with a NaN count nowhere, and make the
+    losses NaN.
+    """
+
+    counts: Tensor
+    mean_probs: Tensor
+    load_balance_loss: Tensor
+    z_loss: Tensor
+
+
+@overload
+def route_topk(
     logits: Tensor,
     top_k: int,
-    scoring: str,
-    bias: Tensor | None,
-    n_groups: int | None,
-    top_k_groups: int | None,
-    group_score: str,
-) -> None:
-    if logits.ndim < 1 or not logits.is_floating_point():
-        raise ValueError(f"logits must be floating point (..., E), got {logits.dtype} {tuple(logits.shape)}")
-    n_experts = logits.shape[-1]
-    if not 1 <= n_experts < 2**31:
-        raise ValueError(f"logits must have 1 to 2^31 - 1 experts in the last dimension, got {n_experts}")
-    if not 1 <= top_k <= n_experts:
-        raise ValueError(f"top_k must be between 1 and n_experts = {n_experts}, got {top_k}")
-    if scoring not in SCORINGS:
-        raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
-    if bias is not None and bias.shape != (n_experts,):
-        raise ValueError(f"bias must have shape ({n_experts},), got {tuple(bias.shape)}")
-    if (n_groups is None) != (top_k_groups is None):
-        raise ValueError(f"n_groups and top_k_groups go together, got n_groups={n_groups}, top_k_groups={top_k_groups}")
-    if n_groups is None or top_k_groups is None:
-        return
-    if n_groups < 1 or n_experts % n_groups:
-        raise ValueError(f"n_groups must divide n_experts = {n_experts}, got {n_groups}")
-    if not 1 <= top_k_groups <= n_groups:
-        raise ValueError(f"top_k_groups must be between 1 and n_groups = {n_groups}, got {top_k_groups}")
-    size = n_experts // n_groups
-    if top_k > top_k_groups * size:
-        raise ValueError(f"top_k must be at most top_k_groups × group size = {top_k_groups * size}, got {top_k}")
-    if group_score not in GROUP_SCORES:
-        raise ValueError(f"group_score must be one of {', '.join(GROUP_SCORES)}, got {group_score!r}")
-    if group_score == "top2" and size < 2:
-        raise ValueError(f"group_score 'top2' takes groups of at least 2 experts, got groups of {size}")
+    *,
+    scoring: str = ...,
+    bias: Tensor | None = ...,
+    n_groups: int | None = ...,
+    top_k_groups: int | None = ...,
+    group_score: str = ...,
+    renormalize: bool = ...,
+    scale: float = ...,
+    tie_seed: int | None = ...,
+    return_statistics: Literal[False] = ...,
+    impl: str = ...,
+) -> Routing: ...
 
 
-def _first_topk(values: Tensor, k: int) -> Tensor:
-    """Ids of the k largest along the last dimension, equal values in order of id (`torch.topk` promises no order)."""
-    if values.dtype == torch.float64:
-        return torch.sort(values, dim=-1, descending=True, stable=True).indices[..., :k]
-    # One int64 key per entry: the float's bits in an order-keeping form above, the reversed id below. All keys differ,
-    # so top-k has one answer. Adding 0 makes -0 equal to +0.
-    bits = (values + 0.0).view(torch.int32)
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
-    last = values.shape[-1] - 1
-    keys = (ordered << 32) | torch.arange(last, -1, -1, device=values.device)
-    return last - (torch.topk(keys, k, dim=-1).values & 0xFFFFFFFF)
-
-
-def _pick(values: Tensor, top_k: int, n_groups: int | None, top_k_groups: int | None, group_score: str) -> Tensor:
-    if n_groups is None or top_k_groups is None or n_groups == top_k_groups:
-        return _first_topk(values, top_k)
-    grouped = values.view(*values.shape[:-1], n_groups, values.shape[-1] // n_groups)
-    scores = grouped.topk(2, dim=-1).values.sum(-1) if group_score == "top2" else grouped.amax(-1)
-    groups = _first_topk(scores, top_k_groups).sort(-1).values
-    size = grouped.shape[-1]
-    inside = torch.gather(grouped, -2, groups.unsqueeze(-1).expand(*groups.shape, size)).flatten(-2)
-    local = _first_topk(inside, top_k)
-    ids: Tensor = torch.gather(groups, -1, local // size) * size + local % size
-    return ids
+@overload
+def route_topk(
+    logits: Tensor,
+    top_k: int,
+    *,
+    scoring: str = ...,
+    bias: Tensor | None = ...,
+    n_groups: int | None = ...,
+    top_k_groups: int | None = ...,
+    group_score: str = ...,
+    renormalize: bool = ...,
+    scale: float = ...,
+    tie_seed: int | None = ...,
+    return_statistics: Literal[True],
+    impl: str = ...,
+) -> tuple[Routing, RoutingStatistics]: ...
 
 
 def route_topk(
@@ -99,7 +93,10 @@ def route_topk(
     group_score: str = "top2",
     renormalize: bool = False,
     scale: float = 1.0,
-) -> Routing:
+    tie_seed: int | None = None,
+    return_statistics: bool = False,
+    impl: str = "auto",
+) -> Routing | tuple[Routing, RoutingStatistics]:
     """Pick the k best experts of every token and weigh them: `A = topk(s + bias)`, `w = scale · s_A [/ Σ s_A]`.
 
     Among equal scores the lowest id wins and comes first, always. A row with a NaN (in its logits, or in the bias) gets
@@ -116,37 +113,60 @@ def route_topk(
         group_score: a group's score: `"top2"`, the sum of its best two (DeepSeek-V3), or `"max"` (DeepSeek-V2).
         renormalize: divide the k weights by their sum (plus 1e-20).
         scale: multiplies the weights.
+        tie_seed: among equal scores, take experts in an order of the row's own, drawn from this seed, in place of the
+            order of ids; 0 to 2^63 − 1. The same seed and row give the same order on every device.
+        return_statistics: also return `RoutingStatistics`.
+        impl: `"fused"`: one pass over the logits and one for their gradient (Triton on a GPU, Numba on a CPU), float32
+            or less; `"torch"`: plain PyTorch, differentiable twice; `"auto"`: fused where it can be had.
 
     Returns:
-        `Routing(weights, ids)`: weights (..., k) float32 or float64, ids (..., k) int64, best first.
+        `Routing(weights, ids)`: weights (..., k) float32 or float64, ids (..., k) int64, best first; with
+        `return_statistics`, that and `RoutingStatistics`.
 
     Raises:
         ValueError: naming the argument, its value and what it takes.
+        ImportError: for `impl="fused"` on a CPU without Numba.
     """
-    _check(logits, top_k, scoring, bias, n_groups, top_k_groups, group_score)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    scores = _scores(logits, scoring)
-    # Logits rank as their scores do and do not saturate; scores matter only where a bias or a sum of two is added.
-    by_score = bias is not None or (n_groups is not None and group_score == "top2")
-    values = (scores if by_score else logits).detach()
-    if bias is not None:
-        values = values + bias.detach()
-    ids = _pick(values, top_k, n_groups, top_k_groups, group_score)
-    is_nan = torch.isnan(values.amax(-1, keepdim=True))
-    ids = torch.where(is_nan, torch.arange(top_k, device=ids.device), ids)
-    weights = torch.gather(scores, -1, ids)
-    if scoring == "softmax_topk":
-        weights = torch.softmax(weights, dim=-1)
-    if renormalize:
-        # w/w is 1, and its gradient 0: computed, it would be rounding noise, which Adam blows up to full steps.
-        weights = weights * 0 + 1 if top_k == 1 else weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return Routing(weights * scale * torch.where(is_nan, torch.nan, 1.0), ids)
+    if logits.ndim < 1 or not logits.is_floating_point():
+        raise ValueError(f"logits must be floating point (..., E), got {logits.dtype} {tuple(logits.shape)}")
+    n_experts = logits.shape[-1]
+    options = checked_options(
+        n_experts, top_k, scoring, bias, n_groups, top_k_groups, group_score, renormalize, scale, tie_seed,
+        return_statistics,
+    )  # fmt: skip
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    rows = logits.reshape(-1, n_experts)
+    if impl == "fused" and logits.dtype == torch.float64:
+        raise ValueError("impl='fused' takes logits of at most 32 bits, got torch.float64")
+    if impl == "fused" or (impl == "auto" and _can_fuse(rows)):
+        weights, ids, lse, counts, prob_sums = route_op(rows, bias, options)
+    else:
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        weights, ids = routing_eager.route(rows, bias, options)
+        if return_statistics:
+            lse, counts, prob_sums = routing_eager.statistics(rows, ids, weights)
+    shape = (*logits.shape[:-1], top_k)
+    routing = Routing(weights.view(shape), ids.view(shape))
+    return (routing, _statistics(rows.shape[0], top_k, lse, counts, prob_sums)) if return_statistics else routing
 
 
-def _scores(logits: Tensor, scoring: str) -> Tensor:
-    if scoring == "softmax":
-        return torch.softmax(logits, dim=-1)
-    return torch.sigmoid(logits) if scoring == "sigmoid" else logits
+def _can_fuse(rows: Tensor) -> bool:
+    if rows.dtype == torch.float64:
+        return False
+    if rows.is_cuda:
+        return rows.shape[1] <= MAX_FUSED_EXPERTS
+    return rows.device.type == "cpu" and _NUMBA
+
+
+_NUMBA = find_spec("numba") is not None
+
+
+def _statistics(n_rows: int, top_k: int, lse: Tensor, counts: Tensor, prob_sums: Tensor) -> RoutingStatistics:
+    mean_probs = prob_sums / max(n_rows, 1)
+    share = counts.to(mean_probs.dtype) / max(n_rows * top_k, 1)
+    balance = counts.shape[0] * (share * mean_probs).sum()
+    return RoutingStatistics(counts, mean_probs, balance, lse.square().sum() / max(n_rows, 1))
 
 
 def load_balance_loss(logits: Tensor, ids: Tensor) -> Tensor:

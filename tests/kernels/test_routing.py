@@ -12,7 +12,7 @@ from torch import Tensor
 from moesaic.kernels import reference
 from moesaic.kernels.routing import Routing, load_balance_loss, route_topk
 
-VARIANTS = [
+VARIANTS: list[dict[str, Any]] = [
     {"scoring": scoring, "renormalize": renormalize, "scale": scale, "biased": biased, **groups}
     for scoring in ("softmax", "softmax_topk", "sigmoid")
     for renormalize, scale in ((False, 1.0), (True, 2.5))
@@ -37,14 +37,15 @@ def draw(n_tokens: int, n_experts: int, seed: int = 0) -> Tensor:
     return torch.randn(n_tokens, n_experts, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("impl", ["fused", "torch"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_values_and_gradient_match_the_oracle(variant: dict[str, object]) -> None:
+def test_values_and_gradient_match_the_oracle(variant: dict[str, Any], impl: str) -> None:
     options = dict(variant)
     logits = draw(63, 16).requires_grad_()
     bias = draw(1, 16, seed=1)[0] if options.pop("biased") else None
     truth_in = logits.detach().double().requires_grad_()
-    weights, ids = route_topk(logits, 3, bias=bias, **options)  # type: ignore[arg-type]
-    truth, truth_ids = reference.route_topk(truth_in, 3, bias=bias, **options)  # type: ignore[arg-type]
+    weights, ids = route_topk(logits, 3, bias=bias, impl=impl, **options)
+    truth, truth_ids = reference.route_topk(truth_in, 3, bias=bias, **options)
     assert torch.equal(ids, truth_ids)
     assert scaled_error(weights, truth) < 1e-6
     upstream = draw(63, 3, seed=2)
@@ -64,13 +65,92 @@ def test_sizes(n_tokens: int, n_experts: int, top_k: int) -> None:
     assert scaled_error(weights, truth) < 1e-14
 
 
+@pytest.mark.parametrize("n_tokens", [0, 1, 7, 1000])
+@pytest.mark.parametrize("n_experts", [1, 2, 7, 64, 65, 1000, 4096])
+@pytest.mark.parametrize("top_k", [1, 2, 7, 8, -1])
+def test_the_fused_pass_and_pytorch_agree(n_tokens: int, n_experts: int, top_k: int) -> None:
+    k = min(n_experts, top_k) if top_k > 0 else min(n_experts, 128)
+    logits = draw(min(n_tokens, 200_000 // n_experts), n_experts, seed=3).requires_grad_()
+    upstream, found = draw(logits.shape[0], k, seed=4), []
+    for impl, values in (("fused", logits), ("torch", logits), ("torch", logits.detach().double().requires_grad_())):
+        (weights, ids), statistics = route_topk(values, k, return_statistics=True, impl=impl)
+        total = (weights * upstream).sum() + 3.0 * statistics.load_balance_loss + statistics.z_loss
+        found.append((ids, statistics.counts, weights, *statistics[1:], torch.autograd.grad(total, values)[0]))
+    fused, plain, truth = found
+    assert torch.equal(fused[0], plain[0])
+    assert torch.equal(fused[1], plain[1])
+    for ours, theirs, exact in zip(fused[2:], plain[2:], truth[2:], strict=True):
+        assert scaled_error(ours, exact) < max(1e-6, 3 * scaled_error(theirs, exact))
+
+
+def test_the_statistics_are_their_definitions() -> None:
+    logits = draw(50, 6).double().requires_grad_()
+    for impl, values in (("torch", logits), ("fused", logits.float())):
+        (_, ids), found = route_topk(values, 2, return_statistics=True, impl=impl)
+        allowed = 1e-6 if impl == "fused" else 1e-13
+        assert found.counts.tolist() == [int((ids == e).sum()) for e in range(6)]
+        expected = load_balance_loss(logits, ids)
+        assert float((found.load_balance_loss - expected).detach().abs()) < allowed
+        assert float((found.z_loss - torch.logsumexp(logits, -1).square().mean()).detach().abs()) < 5 * allowed
+        assert float((found.mean_probs - torch.softmax(logits, -1).mean(0)).detach().abs().max()) < allowed
+    logits = draw(50, 6)
+    logits[3, 2] = torch.nan
+    (_, ids), found = route_topk(logits, 2, return_statistics=True)
+    assert int(found.counts.sum()) == 49 * 2
+    assert found.z_loss.isnan()
+    empty = route_topk(logits[:0], 2, return_statistics=True)[1]
+    assert (empty.counts.tolist(), float(empty.load_balance_loss), float(empty.z_loss)) == ([0] * 6, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("impl", ["fused", "torch"])
+def test_ties_can_be_broken_by_row(impl: str) -> None:
+    level = torch.zeros(4000, 24)
+    level[:, 20:] = -1.0
+    ids = route_topk(level, 4, tie_seed=7, impl=impl).ids
+    assert torch.equal(ids, route_topk(level, 4, tie_seed=7, impl="torch").ids)
+    assert not torch.equal(ids, route_topk(level, 4, tie_seed=8, impl=impl).ids)
+    counts = torch.bincount(ids.flatten(), minlength=24)
+    assert counts[20:].sum() == 0
+    # 800 each if every order were equally likely; lowest id first gives 4000 to four and 0 to the rest.
+    assert 600 < int(counts[:20].min()) <= int(counts[:20].max()) < 1000
+    distinct = draw(100, 24)
+    assert torch.equal(route_topk(distinct, 4, tie_seed=7, impl=impl).ids, route_topk(distinct, 4, impl=impl).ids)
+    grouped = route_topk(level, 4, tie_seed=7, n_groups=6, top_k_groups=2, impl=impl).ids
+    assert int(grouped.max()) == 7  # equal groups go by number; experts inside them by the row's order
+    assert len(grouped.unique(dim=0)) > 50
+
+
+def test_bits_repeat_whatever_the_threads() -> None:
+    import numba
+
+    logits, threads = draw(5000, 40).requires_grad_(), numba.get_num_threads()
+
+    def bits() -> list[Tensor]:
+        routing, statistics = route_topk(logits, 3, return_statistics=True, impl="fused")
+        total = routing.weights.square().sum() + statistics.z_loss + statistics.load_balance_loss
+        return [*routing, *statistics, *torch.autograd.grad(total, logits)]
+
+    first = bits()
+    numba.set_num_threads(1)
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(first, bits(), strict=True))
+    finally:
+        numba.set_num_threads(threads)
+
+
+def test_the_op_is_well_registered() -> None:
+    logits, bias = draw(9, 8).requires_grad_(), draw(1, 8)[0]
+    for options in ((2, 0, 0, 0, 0, False, 1.0, -1, True), (3, 2, 4, 2, 1, True, 2.0, 5, False)):
+        torch.library.opcheck(torch.ops.moesaic.route_topk.default, (logits, bias, *options))
+
+
 def test_leading_dimensions_and_large_expert_counts() -> None:
     logits = draw(6, 100_000)
     flat = route_topk(logits, 8)
     shaped = route_topk(logits.view(2, 3, -1), 8)
     assert torch.equal(shaped.ids, flat.ids.view(2, 3, 8))
     assert torch.equal(shaped.weights, flat.weights.view(2, 3, 8))
-    assert torch.equal(flat.weights.sort(-1, descending=True).values, torch.softmax(logits, -1).topk(8).values)
+    torch.testing.assert_close(flat.weights, torch.softmax(logits, -1).topk(8).values, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -141,7 +221,7 @@ def test_the_bias_picks_but_neither_weighs_nor_learns() -> None:
     bias = torch.tensor([100.0, *[0.0] * 7], requires_grad=True)
     weights, ids = route_topk(logits, 1, bias=bias)
     assert ids.eq(0).all()
-    assert torch.equal(weights[:, 0], torch.softmax(logits, -1)[:, 0])
+    torch.testing.assert_close(weights[:, 0], torch.softmax(logits, -1)[:, 0], rtol=1e-6, atol=0)
     assert torch.autograd.grad(weights.sum(), bias, allow_unused=True)[0] is None
 
 
@@ -210,6 +290,9 @@ def test_load_balance_loss() -> None:
             lambda x: route_topk(x, 1, n_groups=2, top_k_groups=1, group_score="sum"),
         ),
         ("'top2' takes groups of at least 2 experts", lambda x: route_topk(x, 1, n_groups=4, top_k_groups=1)),
+        ("tie_seed must be None or an integer from 0", lambda x: route_topk(x, 1, tie_seed=-1)),
+        ("impl must be one of auto, fused, torch, got 'cuda'", lambda x: route_topk(x, 1, impl="cuda")),
+        ("impl='fused' takes logits of at most 32 bits", lambda x: route_topk(x.double(), 1, impl="fused")),
         ("logits must be floating point", lambda x: route_topk(x.long(), 1)),
         ("logits must have 1 to", lambda x: route_topk(x[:, :0], 1)),
     ],

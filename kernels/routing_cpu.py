@@ -1,0 +1,318 @@
+"""CPU twin of ``route_topk`` in Numba: one pass per row forward, one backward, blocks of rows over threads.
+
+A row's values become 64-bit keys, the float's bits in an order-keeping form above and the rank of its id below, so that
+all keys differ and their order is that of the definition. The k largest are found by k maxima over the row, or, where
+that is more work, in one pass that inserts what passes the k-th best so far.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import get_num_threads as get_num_threads
+from numba import njit
+
+SOFTMAX, SOFTMAX_TOPK, SIGMOID = range(3)
+NO_GROUPS, BY_TOP2, BY_MAX = range(3)
+_LEAST = np.int64(-(2**63))
+_LOW = np.int64(0xFFFFFFFF)
+_CHUNK = 64  # keys between two looks at whether any of them passes the k-th best
+_SUMS = {"contract", "reassoc", "nsz"}
+
+
+@njit(inline="always")
+def _exp(x):
+    """e^x for x ≤ 0 in float32, to 1e-7 relative; NaN stays. NumPy's does not vectorise in compiled code.
+
+    x = k ln 2 + r with ln 2 in two parts, then a polynomial for e^r (coefficients of Cephes' expf).
+    """
+    k = np.floor(max(x, np.float32(-87.0)) * np.float32(1.4426950408889634) + np.float32(0.5))
+    r = max(x, np.float32(-87.0)) - k * np.float32(0.693359375) + k * np.float32(2.12194440e-4)
+    y = np.float32(1.9875691500e-4) * r + np.float32(1.3981999507e-3)
+    y = y * r + np.float32(8.3334519073e-3)
+    y = y * r + np.float32(4.1665795894e-2)
+    y = y * r + np.float32(1.6666665459e-1)
+    y = y * r + np.float32(0.5)
+    power = np.int32((np.int32(k) + np.int32(127)) << np.int32(23)).view(np.float32)
+    value = (y * r * r + r + np.float32(1.0)) * power + np.float32(0.0) * x
+    return np.float32(0.0) if x < np.float32(-87.0) else value
+
+
+@njit(inline="always")
+def _sigmoid(x):
+    small = _exp(-abs(x))
+    return (np.float32(1.0) if x >= 0 else small) / (np.float32(1.0) + small)
+
+
+@njit(inline="always")
+def _mix(x):
+    """MurmurHash3's finalizer on 32 bits, in 64."""
+    x = ((x ^ (x >> np.uint64(16))) * np.uint64(0x85EBCA6B)) & np.uint64(0xFFFFFFFF)
+    x = ((x ^ (x >> np.uint64(13))) * np.uint64(0xC2B2AE35)) & np.uint64(0xFFFFFFFF)
+    return x ^ (x >> np.uint64(16))
+
+
+@njit(nogil=True, error_model="numpy")
+def _shuffle(seed, row):
+    """Return odd a, its inverse, and c of the row's order of ids: rank(e) = a e + c, modulo a power of two ≥ E.
+
+    A negative seed keeps the order of ids.
+    """
+    if seed < 0:
+        return np.int64(1), np.int64(1), np.int64(0)
+    first = _mix(np.uint64(seed) & np.uint64(0xFFFFFFFF))
+    low = _mix(first ^ (np.uint64(row) & np.uint64(0xFFFFFFFF)) ^ (np.uint64(seed) >> np.uint64(32)))
+    a = np.int64(low | np.uint64(1))
+    c = np.int64(_mix(low ^ (np.uint64(row) >> np.uint64(32)) ^ np.uint64(0x9E3779B9)))
+    inverse = a * 3 ^ 2  # right to five bits; each step of Newton's doubles them
+    for _ in range(3):
+        inverse = (inverse * (2 - a * inverse)) & _LOW
+    return a, inverse, c
+
+
+@njit(inline="always")
+def _ordered(value):
+    """Return an int32 that orders like the float; adding 0 makes −0 equal to +0."""
+    bits = np.int32(np.float32(value + np.float32(0.0)).view(np.int32))
+    return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@njit(nogil=True, error_model="numpy")
+def _keys(values, first, count, a, c, mask, keys):
+    """Write the order-keeping key of values[first : first + count] to keys[first : first + count]."""
+    for e in range(max(0, first), max(0, first + count)):
+        keys[e] = (np.int64(_ordered(values[e])) << 32) | (mask - ((e * a + c) & mask))
+
+
+@njit(nogil=True, error_model="numpy")
+def _largest(keys, first, count, below):
+    """Return the largest key under ``below``."""
+    best = _LEAST
+    for e in range(max(0, first), max(0, first + count)):
+        key = keys[e] if keys[e] < below else _LEAST
+        best = max(best, key)
+    return best
+
+
+@njit(nogil=True, error_model="numpy")
+def _insert(keys, first, count, best, k):
+    """Merge keys[first : first + count] into ``best``, k keys that fall."""
+    for start in range(first, first + count, _CHUNK):
+        size = min(_CHUNK, first + count - start)
+        if _largest(keys, start, size, np.int64(2**63 - 1)) <= best[k - 1]:
+            continue
+        for e in range(start, start + size):
+            key = keys[e]
+            if key > best[k - 1]:
+                at = k - 1
+                while at > 0 and best[at - 1] < key:
+                    best[at] = best[at - 1]
+                    at -= 1
+                best[at] = key
+
+
+@njit(nogil=True, error_model="numpy")
+def _best(keys, n_experts, k, best):
+    """Write the k largest keys to ``best``, falling."""
+    # A maximum costs a compare per key; an insertion, of some k (1 + ln(E/k)), a mispredicted branch and k/2 moves.
+    if k * n_experts <= 4096:
+        below = np.int64(2**63 - 1)
+        for j in range(k):
+            below = best[j] = _largest(keys, 0, n_experts, below)
+        return
+    for j in range(k):
+        best[j] = _LEAST
+    _insert(keys, 0, n_experts, best, k)
+
+
+@njit(nogil=True, error_model="numpy")
+def _keep_groups(values, keys, n_groups, k_groups, by, group_keys, best):
+    """Set the keys of all experts outside the best groups to the least; equal groups by lowest number."""
+    size = values.shape[0] // n_groups
+    for g in range(n_groups):
+        top, second = np.float32(-np.inf), np.float32(-np.inf)
+        for e in range(g * size, (g + 1) * size):
+            v = values[e]
+            second = max(second, min(v, top))
+            top = max(top, v)
+        score = top + second if by == BY_TOP2 else top
+        group_keys[g] = (np.int64(_ordered(score)) << 32) | (n_groups - 1 - g)
+    below = np.int64(2**63 - 1)
+    for _ in range(k_groups):
+        below = _largest(group_keys, 0, n_groups, below)
+    for g in range(n_groups):
+        if group_keys[g] < below:
+            for e in range(g * size, (g + 1) * size):
+                keys[e] = _LEAST
+
+
+@njit(nogil=True, error_model="numpy", fastmath=_SUMS)
+def _total(values, count):
+    total = np.float32(0.0)
+    for e in range(count):
+        total += values[e]
+    return total
+
+
+@njit(nogil=True, error_model="numpy")
+def _powers(row, top, powers):
+    for e in range(row.shape[0]):
+        powers[e] = _exp(row[e] - top)
+
+
+@njit(nogil=True, error_model="numpy")
+def _top(row):
+    """Return the largest entry, and whether there is a NaN, which as an integer lies beyond an infinity."""
+    most, least = _ordered(np.float32(-np.inf)), _ordered(np.float32(np.inf))
+    for e in range(row.shape[0]):
+        value = _ordered(row[e])
+        most, least = max(most, value), min(least, value)
+    nan = most > _ordered(np.float32(np.inf)) or least < _ordered(np.float32(-np.inf))
+    return np.int32(most ^ ((most >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32), nan
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def route_rows(
+    begin, end, logits, bias, has_bias, scoring, n_groups, k_groups, by, renormalize, scale, seed, statistics,
+    weights, ids, lse, counts, prob_sums,
+):  # fmt: skip
+    """Route rows begin … end − 1; with ``statistics``, write log Σ e^l to ``lse`` and add to counts and Σ softmax."""
+    n_experts, k = logits.shape[1], ids.shape[1]
+    mask = np.int64(1)
+    while mask < n_experts:
+        mask *= 2
+    mask -= 1
+    keys, best = np.empty(n_experts, np.int64), np.empty(k, np.int64)
+    values, powers = np.empty(n_experts, np.float32), np.empty(n_experts, np.float32)
+    group_keys = np.empty(max(1, n_groups), np.int64)
+    by_score = has_bias or by == BY_TOP2
+    for t in range(begin, end):
+        row = logits[t]
+        top, nan = _top(row)
+        total = np.float32(1.0)
+        if scoring == SOFTMAX or statistics:
+            _powers(row, top, powers)
+            total = _total(powers, n_experts)
+        ranked = row
+        if by_score:
+            ranked = values
+            for e in range(n_experts):
+                if scoring == SOFTMAX:
+                    values[e] = powers[e] / total
+                elif scoring == SIGMOID:
+                    values[e] = _sigmoid(row[e])
+                else:
+                    values[e] = row[e]
+            if has_bias:
+                for e in range(n_experts):
+                    values[e] += bias[e]
+            nan = _top(values)[1]
+        a, inverse, c = _shuffle(seed, t)
+        _keys(ranked, 0, n_experts, a, c, mask, keys)
+        if by != NO_GROUPS:
+            _keep_groups(ranked, keys, n_groups, k_groups, by, group_keys, best)
+        _best(keys, n_experts, k, best)
+        found = np.float32(0.0)
+        first = top if scoring == SOFTMAX else np.float32(-np.inf)
+        for j in range(k):
+            e = j if nan else (((mask - (best[j] & _LOW)) - c) * inverse) & mask
+            ids[t, j] = e
+            if scoring == SOFTMAX_TOPK and row[e] > first:
+                first = row[e]
+        for j in range(k):
+            logit = row[ids[t, j]]
+            if scoring == SOFTMAX:
+                w = powers[ids[t, j]] / total
+            elif scoring == SOFTMAX_TOPK:
+                w = _exp(logit - first)
+            else:
+                w = _sigmoid(logit)
+            weights[t, j] = w
+            found += w
+        for j in range(k):
+            if nan:
+                weights[t, j] = np.nan
+            elif renormalize and k == 1:
+                weights[t, j] = (weights[t, j] * np.float32(0.0) + np.float32(1.0)) * scale
+            elif renormalize or scoring == SOFTMAX_TOPK:
+                weights[t, j] = weights[t, j] / (found + np.float32(1e-20)) * scale
+            else:
+                weights[t, j] *= scale
+        if statistics:
+            lse[t] = top + np.log(total)
+            for j in range(k):
+                counts[ids[t, j]] += 0 if nan else 1
+            inverse_total = np.float32(1.0) / total
+            for e in range(n_experts):
+                prob_sums[e] += np.float64(powers[e] * inverse_total)
+
+
+@njit(nogil=True, error_model="numpy", fastmath=_SUMS)
+def _dot(a, b, count):
+    total = np.float32(0.0)
+    for e in range(count):
+        total += a[e] * b[e]
+    return total
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def route_rows_backward(
+    begin, end, logits, weights, ids, grad_weights, grad_probs, grad_lse, through_probs, through_lse, scoring,
+    renormalize, scale, grad_logits,
+):  # fmt: skip
+    """Write dL/dl of rows begin … end − 1 from gradients of weights (T, k), Σ_t softmax (E) and lse (T).
+
+    Terms that cancel are subtracted before others join them: with one expert, for one, they leave exactly 0.
+    """
+    n_experts, k = logits.shape[1], ids.shape[1]
+    probs, zero = np.empty(n_experts, np.float32), np.float32(0.0)
+    dense = scoring == SOFTMAX and not renormalize
+    for t in range(begin, end):
+        row, out, g, w = logits[t], grad_logits[t], grad_weights[t], weights[t]
+        mean, pull, extra = zero, zero, zero
+        for j in range(k):
+            mean += g[j] * w[j]
+        if w[0] != w[0]:
+            for e in range(n_experts):
+                out[e] = np.nan
+            continue
+        if dense or through_probs or through_lse:
+            _powers(row, _top(row)[0], probs)
+            inverse = np.float32(1.0) / _total(probs, n_experts)
+            for e in range(n_experts):
+                probs[e] *= inverse
+            if through_probs:
+                pull = _dot(probs, grad_probs, n_experts)
+            if through_lse:
+                extra = grad_lse[t]
+        if through_probs:
+            for e in range(n_experts):
+                out[e] = probs[e] * ((grad_probs[e] - pull) + extra)
+        elif through_lse:
+            for e in range(n_experts):
+                out[e] = probs[e] * extra
+        else:
+            for e in range(n_experts):
+                out[e] = zero
+        if (renormalize and k == 1) or scale == 0:
+            continue
+        if dense:
+            for j in range(k):
+                e = ids[t, j]
+                out[e] += w[j] * g[j] - probs[e] * mean
+                probs[e] = zero
+            for e in range(n_experts):
+                out[e] -= probs[e] * mean
+        elif scoring == SIGMOID:
+            found = np.float32(1.0)
+            if renormalize:
+                found = np.float32(1e-20)
+                for j in range(k):
+                    found += _sigmoid(row[ids[t, j]])
+            for j in range(k):
+                s = _sigmoid(row[ids[t, j]])
+                towards = (g[j] * scale - mean) / found if renormalize else g[j] * scale
+                out[ids[t, j]] += towards * s * (np.float32(1.0) - s)
+        else:
+            # Renormalised, a softmax over all is one over the chosen.
+            for j in range(k):
+                out[ids[t, j]] += w[j] * (g[j] - mean / scale)

@@ -1,0 +1,165 @@
+"""``moesaic::route_topk`` and its gradient as registered ops: the CPU twin or the Triton kernels, by device."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from moesaic.kernels._extras import numba_twin
+from moesaic.kernels.routing_options import RoutingOptions
+
+_ROWS_PER_PART = 1024
+_MOST_PARTS = 32
+"""Parts that keep sums over rows of their own: a constant, so that sums do not depend on the threads."""
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("moesaic::route_topk", mutates_args=())
+def _route(
+    logits: Tensor, bias: Tensor | None, top_k: int, scoring: int, n_groups: int, top_k_groups: int, group_score: int,
+    renormalize: bool, scale: float, tie_seed: int, statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Weights, ids, log-sum-exp, counts and Σ_t softmax of logits (T, E)."""
+    options = RoutingOptions(
+        top_k, scoring, n_groups, top_k_groups, group_score, renormalize, scale, tie_seed, statistics
+    )
+    logits = logits.contiguous()
+    if logits.device.type == "cpu":
+        return _on_cpu(logits, bias, options)
+    from moesaic.kernels import routing_triton
+
+    return routing_triton.route(logits, bias, options)
+
+
+@_route.register_fake
+def _(
+    logits: Tensor, bias: Tensor | None, top_k: int, scoring: int, n_groups: int, top_k_groups: int, group_score: int,
+    renormalize: bool, scale: float, tie_seed: int, statistics: bool,
+) -> _Outputs:  # fmt: skip
+    n_rows, n_experts = logits.shape
+    weights = logits.new_empty(n_rows, top_k, dtype=torch.float32)
+    return (
+        weights,
+        logits.new_empty(n_rows, top_k, dtype=torch.int64),
+        weights.new_empty(n_rows if statistics else 0),
+        logits.new_empty(n_experts, dtype=torch.int64),
+        weights.new_empty(n_experts),
+    )
+
+
+@torch.library.custom_op("moesaic::route_topk_backward", mutates_args=())
+def _route_backward(
+    logits: Tensor, weights: Tensor, ids: Tensor, grad_weights: Tensor, grad_probs: Tensor | None,
+    grad_lse: Tensor | None, scoring: int, renormalize: bool, scale: float,
+) -> Tensor:  # fmt: skip
+    """dL/dlogits (T, E) in the dtype of the logits."""
+    options = RoutingOptions(ids.shape[1], scoring, 0, 0, 0, renormalize, scale, -1, False)
+    logits, grad_weights = logits.contiguous(), grad_weights.contiguous()
+    if logits.device.type == "cpu":
+        return _backward_on_cpu(logits, weights, ids, grad_weights, grad_probs, grad_lse, options)
+    from moesaic.kernels import routing_triton
+
+    return routing_triton.route_backward(logits, weights, ids, grad_weights, grad_probs, grad_lse, options)
+
+
+@_route_backward.register_fake
+def _(logits: Tensor, *args: object) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
+    weights, ids = output[:2]
+    ctx.save_for_backward(inputs[0], weights, ids)
+    ctx.options = inputs[3], inputs[7], inputs[8]
+    ctx.mark_non_differentiable(ids, output[3])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_weights: Tensor | None, _ids: None, grad_lse: Tensor | None, _counts: None,
+              grad_probs: Tensor | None) -> tuple[Tensor | None, ...]:  # fmt: skip
+    logits, weights, ids = ctx.saved_tensors
+    nothing = (None,) * 10
+    if grad_weights is None and grad_lse is None and grad_probs is None:
+        return (None, *nothing)
+    grad_weights = torch.zeros_like(weights) if grad_weights is None else grad_weights
+    return (_route_backward(logits, weights, ids, grad_weights, grad_probs, grad_lse, *ctx.options), *nothing)
+
+
+_route.register_autograd(_backward, setup_context=_setup)
+
+
+@register_flop_formula([torch.ops.moesaic.route_topk, torch.ops.moesaic.route_topk_backward])
+def _flops(*args: object, **kwargs: object) -> int:
+    """By the counter's convention only matrix products are FLOPs."""
+    return 0
+
+
+def route_op(logits: Tensor, bias: Tensor | None, options: RoutingOptions) -> _Outputs:
+    """Call the op; logits (T, E) of 32 or 16 bits."""
+    outputs: _Outputs = _route(logits, None if bias is None else bias.detach(), *options)
+    return outputs
+
+
+def _parts(n_rows: int) -> list[tuple[int, int]]:
+    size = max(_ROWS_PER_PART, -(-n_rows // _MOST_PARTS))
+    return [(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
+
+
+def _on_cpu(logits: Tensor, bias: Tensor | None, options: RoutingOptions) -> _Outputs:
+    twin = numba_twin("routing_cpu")
+    (n_rows, n_experts), k, parts = logits.shape, options.top_k, _parts(logits.shape[0])
+    weights, ids = torch.empty(n_rows, k), torch.empty(n_rows, k, dtype=torch.int64)
+    lse = torch.empty(n_rows if options.statistics else 0)
+    kept = len(parts) if options.statistics else 0
+    counts = torch.zeros(max(kept, 1), n_experts, dtype=torch.int64)
+    probs = torch.zeros(max(kept, 1), n_experts, dtype=torch.float64)
+    biases = torch.zeros(0) if bias is None else bias.float().contiguous()
+    x = logits.float().numpy()
+
+    def part(number: int) -> None:
+        own = number if options.statistics else 0
+        twin.route_rows(
+            *parts[number], x, biases.numpy(), bias is not None, options.scoring, options.n_groups,
+            options.top_k_groups, options.group_score, options.renormalize, np.float32(options.scale),
+            options.tie_seed, options.statistics, weights.numpy(), ids.numpy(), lse.numpy(), counts[own].numpy(),
+            probs[own].numpy(),
+        )  # fmt: skip
+
+    _in_parts(part, len(parts), twin.get_num_threads())
+    return weights, ids, lse, counts.sum(0), probs.sum(0).float()
+
+
+def _backward_on_cpu(
+    logits: Tensor, weights: Tensor, ids: Tensor, grad_weights: Tensor, grad_probs: Tensor | None,
+    grad_lse: Tensor | None, options: RoutingOptions,
+) -> Tensor:  # fmt: skip
+    twin = numba_twin("routing_cpu")
+    out = torch.empty(logits.shape)
+    empty = torch.zeros(0)
+    towards = [empty if grad is None else grad.float().contiguous() for grad in (grad_probs, grad_lse)]
+    arrays = [tensor.numpy() for tensor in (logits.float(), weights, ids, grad_weights, *towards)]
+    parts = _parts(logits.shape[0])
+
+    def part(number: int) -> None:
+        twin.route_rows_backward(
+            *parts[number], *arrays, grad_probs is not None, grad_lse is not None, options.scoring,
+            options.renormalize, np.float32(options.scale), out.numpy(),
+        )  # fmt: skip
+
+    _in_parts(part, len(parts), twin.get_num_threads())
+    return out.to(logits.dtype)
+
+
+def _in_parts(part: Any, n_parts: int, threads: int) -> None:
+    if n_parts <= 1 or threads <= 1:
+        for number in range(n_parts):
+            part(number)
+        return
+    with ThreadPoolExecutor(threads) as pool:  # compiled code holds no lock
+        for job in [pool.submit(part, number) for number in range(n_parts)]:
+            job.result()

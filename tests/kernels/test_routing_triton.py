@@ -1,0 +1,182 @@
+"""The Triton routing kernels, run by the interpreter and compiled ahead of time, against the CPU twin.
+
+Triton decides between compiler and interpreter on import, so this file is also a program.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic.kernels import routing_op, routing_triton
+from moesaic.kernels.ensemble_compile import compile_ahead, disassemble
+from moesaic.kernels.routing_options import RoutingOptions, checked_options
+
+GROUPS: tuple[dict[str, Any], ...] = (
+    {},
+    {"n_groups": 4, "top_k_groups": 2},
+    {"n_groups": 4, "top_k_groups": 3, "group_score": "max"},
+)
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3}
+
+
+def draw(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
+def options(
+    n_experts: int,
+    top_k: int,
+    bias: Tensor | None = None,
+    *,
+    scoring: str = "softmax",
+    n_groups: int | None = None,
+    top_k_groups: int | None = None,
+    group_score: str = "top2",
+    renormalize: bool = False,
+    tie_seed: int | None = None,
+    statistics: bool = False,
+) -> RoutingOptions:
+    return checked_options(
+        n_experts, top_k, scoring, bias, n_groups, top_k_groups, group_score, renormalize, 1.7, tie_seed, statistics
+    )
+
+
+def differences(logits: Tensor, bias: Tensor | None, chosen: RoutingOptions) -> list[str]:
+    """Route forward and backward with both, and say what differs."""
+    n_rows, n_experts = logits.shape
+    ours, theirs = routing_triton.route(logits, bias, chosen), routing_op._on_cpu(logits, bias, chosen)
+    found = []
+    for name, a, b in zip(("weights", "ids", "lse", "counts", "probs"), ours, theirs, strict=True):
+        allowed = 0.0 if name in ("ids", "counts") else 3e-6 * max(1, n_rows)
+        if not torch.equal(a.isnan(), b.isnan()):
+            found.append(f"{name}: NaN in other places")
+        elif a.numel() and float((a.double() - b.double()).abs().nan_to_num(0.0).max()) > allowed:
+            found.append(f"{name}: {(a.double() - b.double()).abs().max()}")
+    upstream = draw(n_rows, chosen.top_k, seed=1), draw(n_experts, seed=2), draw(n_rows, seed=3)
+    weights, ids = theirs[:2]
+    probs, per_row = (upstream[1], upstream[2]) if chosen.statistics else (None, None)
+    a, b = (
+        backward(logits, weights, ids, upstream[0], probs, per_row, chosen).double()
+        for backward in (routing_triton.route_backward, routing_op._backward_on_cpu)
+    )
+    apart = (a - b).abs().nan_to_num(0.0)
+    if n_rows and (not torch.equal(a.isnan(), b.isnan()) or float(apart.max()) > TOLERANCE[logits.dtype]):
+        found.append(f"gradient: {apart.max()}")
+    return found
+
+
+def variants() -> list[str]:
+    found = []
+    for scoring in ("softmax", "softmax_topk", "sigmoid"):
+        for renormalize in (False, True):
+            for seed in (None, 2**40 + 5):
+                for groups in GROUPS:
+                    for bias in (None, draw(24, seed=4) / 10):
+                        given = {"scoring": scoring, "renormalize": renormalize, "tie_seed": seed, **groups}
+                        logits = draw(37, 24) if seed is None else draw(37, 24).mul(2).round()
+                        chosen = options(24, 3, bias, statistics=bias is None, **given)
+                        found += [f"{given}, {bias is not None}: {text}" for text in differences(logits, bias, chosen)]
+    return found
+
+
+def sizes() -> list[str]:
+    found = []
+    for n_experts, top_k in ((1, 1), (2, 1), (7, 7), (64, 8), (65, 2), (1000, 13), (1024, 3)):
+        for n_rows in (0, 1, 7):
+            for dtype in (torch.float32, torch.float16):
+                logits = draw(n_rows, n_experts).to(dtype)
+                chosen = options(n_experts, top_k, renormalize=dtype == torch.float16, statistics=True)
+                found += [f"{n_rows, n_experts, top_k, dtype}: {text}" for text in differences(logits, None, chosen)]
+    return found
+
+
+def awkward() -> list[str]:
+    logits = draw(20, 24)
+    logits[3, 5] = torch.nan
+    logits[4], logits[4, 2] = -torch.inf, 0.0
+    logits[5, 3], logits[6], logits[7, ::2] = -torch.inf, 0.0, -0.0
+    found = differences(logits, None, options(24, 3))
+    found += differences(logits, None, options(24, 3, scoring="sigmoid", renormalize=True))
+    logits[3, 5] = 0.0
+    found += differences(logits, None, options(24, 3, scoring="softmax_topk", statistics=True))
+    return found + differences(logits.half(), None, options(24, 3, scoring="softmax_topk"))
+
+
+def many_rows() -> list[str]:
+    """More tiles than programs that keep sums."""
+    routing_triton._PROGRAMS = 3
+    return differences(draw(300, 64), None, options(64, 4, statistics=True))
+
+
+def repeats() -> list[str]:
+    first, second = (routing_triton.route(draw(50, 16), None, options(16, 2, statistics=True)) for _ in range(2))
+    return [str(i) for i, (a, b) in enumerate(zip(first, second, strict=True)) if not torch.equal(a, b)]
+
+
+def a_shifted_row_is_seen() -> list[str]:
+    true = routing_op._on_cpu
+    routing_op._on_cpu = lambda logits, *rest: true(logits.roll(1, 0), *rest)
+    return [] if differences(draw(9, 16), None, options(16, 2)) else ["not seen"]
+
+
+def a_flipped_tie_is_seen() -> list[str]:
+    level = torch.zeros(9, 16)
+    ours = routing_triton.route(level, None, options(16, 2, tie_seed=1))[1]
+    return ["the seed does nothing"] if torch.equal(ours, routing_triton.route(level, None, options(16, 2))[1]) else []
+
+
+PROGRAMS: dict[str, Callable[[], list[str]]] = {
+    part.__name__: part
+    for part in (variants, sizes, awkward, many_rows, repeats, a_shifted_row_is_seen, a_flipped_tie_is_seen)
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_interpreted(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, __file__, name],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arch", "n_experts", "top_k", "dtype", "statistics"),
+    [
+        (90, 8, 2, "bf16", True),
+        (90, 128, 8, "bf16", False),
+        (90, 128, 8, "fp32", True),
+        (90, 256, 8, "fp16", False),
+        (90, 1024, 64, "bf16", True),
+        (80, 128, 8, "bf16", True),
+        (100, 128, 8, "bf16", True),
+    ],
+)
+def test_compiles_without_spills(arch: int, n_experts: int, top_k: int, dtype: str, statistics: bool) -> None:
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    logits = torch.empty(1, n_experts, dtype=kinds[dtype])
+    chosen = options(n_experts, top_k, renormalize=True, statistics=statistics)
+    values = routing_triton.constants(logits, chosen, biased=False)
+    pointers = {"Logits": f"*{dtype}", "Bias": f"*{dtype}", "Weights": "*fp32", "Ids": "*i64", "Lse": "*fp32"}
+    pointers |= {"Counts": "*i32", "Probs": "*fp32"}
+    numbers = dict.fromkeys(("n_rows", "per_program", "seed_low", "seed_high"), "i32") | {"scale": "fp32"}
+    signature = pointers | numbers | dict.fromkeys(values, "constexpr")
+    usage, code = disassemble(compile_ahead(routing_triton._route_kernel, signature, values, 4, arch))
+    assert usage["STACK"] == 0
+    assert not [text for _, text in code if "LDL" in text or "STL" in text]
+    assert usage["REG"] <= 220
+
+
+if __name__ == "__main__":
+    print("\n".join(PROGRAMS[sys.argv[1]]()), end="")
