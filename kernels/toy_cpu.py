@@ -20,32 +20,34 @@ MATH = {"contract", "reassoc", "nsz"}
 # increments.
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
-_LOW = np.uint64(0xFFFFFFFF)
-_SHIFT = np.uint64(32)
+LOW = np.uint64(0xFFFFFFFF)
+SHIFT = np.uint64(32)
 # Triton's scale: the largest float32 for which 2³¹ − 1 maps below 1.
 _TO_UNIT = np.float32(4.6566127342e-10)
 
 
 @njit(inline="always")
-def _unit(word):
+def unit(word):
+    """Return a 32-bit word as a float32 in [0, 1)."""
     # The sign bit folded as in Triton's uint_to_uniform_float: x >= 0 ? x : -x - 1 on the word read as int32.
     x = np.int32(word)
     return np.float32(x ^ (x >> np.int32(31))) * _TO_UNIT
 
 
 @njit(inline="always")
-def _philox(low, high, row, block, step, stream):
+def philox(low, high, row, block, step, stream):
+    """Return the four words of a counter as uint64, for the key's two halves."""
     c0, c1, c2, c3 = np.uint64(row), np.uint64(block), np.uint64(step), np.uint64(stream)
     k0, k1 = low, high
     for _ in range(10):
         p0 = _M0 * c0
         p1 = _M1 * c2
-        c0 = (p1 >> _SHIFT) ^ c1 ^ k0
-        c1 = p1 & _LOW
-        c2 = (p0 >> _SHIFT) ^ c3 ^ k1
-        c3 = p0 & _LOW
-        k0 = (k0 + _W0) & _LOW
-        k1 = (k1 + _W1) & _LOW
+        c0 = (p1 >> SHIFT) ^ c1 ^ k0
+        c1 = p1 & LOW
+        c2 = (p0 >> SHIFT) ^ c3 ^ k1
+        c3 = p0 & LOW
+        k0 = (k0 + _W0) & LOW
+        k1 = (k1 + _W1) & LOW
     return c0, c1, c2, c3
 
 
@@ -55,9 +57,9 @@ def philox_words(key, rows, block, step, stream, words):
 
     With the four words of a counter apart, the rounds vectorise over rows.
     """
-    low, high = key & _LOW, key >> _SHIFT
+    low, high = key & LOW, key >> SHIFT
     for row in range(rows):
-        words[0, row], words[1, row], words[2, row], words[3, row] = _philox(low, high, row, block, step, stream)
+        words[0, row], words[1, row], words[2, row], words[3, row] = philox(low, high, row, block, step, stream)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -67,16 +69,14 @@ def uniform_row(key, row, step, stream, words, out, n):
     ``words`` (4, blocks) uint32 is scratch, as in `philox_words`; here the rounds vectorise over blocks.
     """
     blocks = (n + 3) // 4
-    low, high = key & _LOW, key >> _SHIFT
+    low, high = key & LOW, key >> SHIFT
     for block in range(blocks):
-        words[0, block], words[1, block], words[2, block], words[3, block] = _philox(
-            low, high, row, block, step, stream
-        )
+        words[0, block], words[1, block], words[2, block], words[3, block] = philox(low, high, row, block, step, stream)
     for block in range(n // 4):
         for w in range(4):
-            out[4 * block + w] = _unit(words[w, block])
+            out[4 * block + w] = unit(words[w, block])
     for w in range(n % 4):
-        out[n // 4 * 4 + w] = _unit(words[w, blocks - 1])
+        out[n // 4 * 4 + w] = unit(words[w, blocks - 1])
 
 
 @njit(error_model="numpy", nogil=True)
@@ -184,7 +184,7 @@ def draw_columns(kind, key, step, stream, p, size, batch, words, rows, x):
         for w in range(min(4, n - 4 * block)):
             i, q = 4 * block + w, p[4 * block + w]
             for b in range(batch):
-                u = _unit(words[w, b])
+                u = unit(words[w, b])
                 v = u / q
                 x[i, b] = v if u < q else np.float32(0.0)
 

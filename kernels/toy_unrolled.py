@@ -79,7 +79,7 @@ def source(n: int, m: int, n_experts: int, k: int, gate: str, balanced: bool) ->
         "learned": learned, "balanced": balanced, "pulled": pulled,
         "separate": gate in ("sigmoid", "switch") or k > 1,
     }  # fmt: skip
-    parts = [_HEADER.format(**{name: repr(value) for name, value in values.items()})]
+    parts = [_HEADER.format(**{name: repr(value) for name, value in values.items()}), _draw(n)]
     if routed:
         parts.append(_route(n, n_experts, k, gate, softmax))
     if k > 1:
@@ -111,6 +111,24 @@ def _output(n: int, m: int, e: int | str) -> list[str]:
         lines.append(f"z{e}_{i} = " + _sum(f"h{e}_{j} * w{e}_{i}_{j}" for j in range(m)) + f" + b{e}_{i}")
         lines.append(f"y{e}_{i} = zero if z{e}_{i} <= zero else z{e}_{i}")
     return lines
+
+
+def _draw(n: int) -> str:
+    """Write the samples, features-major; words that no feature takes are never made."""
+    text = (
+        "@njit(nogil=True, error_model='numpy')\n"
+        "def draw(key, step, p, batch, words, x):\n    low, high = key & LOW, key >> SHIFT\n"
+    )
+    for first in range(0, n, 4):
+        taken = range(min(4, n - first))
+        words = [f"words[{j}, b] = c{j}" for j in taken]
+        text += "    for b in range(batch):\n"
+        text += _block([f"c0, c1, c2, c3 = philox(low, high, b, {first // 4}, step, 0)", *words], 8)
+        for j in taken:
+            i = first + j
+            text += f"    q = p[{i}]\n    for b in range(batch):\n"
+            text += _block([f"u = unit(words[{j}, b])", "v = u / q", f"x[{i}, b] = v if u < q else zero"], 8)
+    return text
 
 
 def _route(n: int, n_experts: int, k: int, gate: str, softmax: bool) -> str:
@@ -223,7 +241,7 @@ _HEADER = '''"""Written by moesaic.kernels.toy_unrolled, which can write it agai
 import numpy as np
 from numba import njit
 
-from moesaic.kernels.toy_cpu import MATH, adamw, aligned, draw_columns, exp32
+from moesaic.kernels.toy_cpu import LOW, MATH, SHIFT, adamw, aligned, exp32, philox, unit
 
 N, M, E, K = {n}, {m}, {n_experts}, {k}
 ROUTED, LEARNED, BALANCED, PULLED, FROZEN, SEPARATE = {routed}, {learned}, {balanced}, {pulled}, {frozen}, {separate}
@@ -256,7 +274,7 @@ def train_models(
     batch, thetas, exp_avgs, exp_avg_sqs, kinds, keys, ps, sizes, importances, gate_ids, lrs, decays, beta1s, beta2s,
     epss, load_balances, scales, first_step, losses, load_losses,
 ):
-    words, rows, x = np.empty((4, batch), np.uint32), np.empty((1, N), np.float32), aligned(N, batch)
+    words, x = np.empty((4, batch), np.uint32), aligned(N, batch)
     chosen, probs, error = aligned(E, batch), aligned(E, batch), aligned(N, batch)
     gates = aligned(E, batch)
     chosen[:], probs[:], gates[:] = one, one, one
@@ -269,7 +287,7 @@ def train_models(
         load_scale = np.float32(load_balances[model] * E / batch)
         for local in range(losses.shape[1]):
             step = first_step + local
-            draw_columns(kinds[model], keys[model], step, 0, ps[model], sizes[model], batch, words, rows, x)
+            draw(keys[model], step, ps[model], batch, words, x)
             if ROUTED:
                 route(theta, x, batch, chosen, probs, gates)
             balance = 0.0
