@@ -156,10 +156,10 @@ class Reproduce:
 class Bench:
     """Time kernels and whole trainings against peers, in turn in one process."""
 
-    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME", help="ensemble.")]
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME", help="ensemble or routing.")]
     out: Out
     against: Annotated[
-        tuple[str, ...], tyro.conf.arg(metavar="PEER …", help="What to measure against; vmap, torch-stacked.")
+        tuple[str, ...], tyro.conf.arg(metavar="PEER …", help="What to measure against: vmap, torch-stacked; torch.")
     ] = ()
     device: Device = "auto"
     quick: Quick = False

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from moesaic.bench import environment
 
-TORCH_OPS = ("route_topk", "group_by_expert", "grouped_matmul", "expert_mlp")
+ROUTING_OPS = ("route_topk", "group_by_expert")
+TORCH_OPS = ("grouped_matmul", "expert_mlp")
 """Ops whose only implementation so far is PyTorch, on every device."""
 BACKENDS = ("triton", "cpu")
 
@@ -99,15 +100,19 @@ def op_backends(device: str) -> list[Backend]:
         note = "; MOESAIC_BACKEND=triton has no effect: the device alone chooses in this version"
     elif asked and asked not in BACKENDS:
         note = f"; MOESAIC_BACKEND={asked} has no effect: takes {' or '.join(BACKENDS)}"
-    ops = [Backend(op, "torch", f"its only implementation in this version{note}") for op in TORCH_OPS]
+    numba_here = "numba" not in environment.missing_extras().get("bench", [])
     if device != "cpu":
-        why = f"the device is {device}; what its kernels do not take (n > 128, m or E > 32, exactly-k data) PyTorch trains"
-        training = Backend("train_ensemble", "triton", why + note)
-    elif "numba" in environment.missing_extras().get("bench", []):
-        training = Backend("train_ensemble", "none", f"Numba is missing; --impl torch trains without it, slower{note}")
+        routing = ("triton", f"the device is {device}; rows of more than 1,024 experts PyTorch routes")
+        limits = "n > 128, m or E > 32, exactly-k data"
+        training = ("triton", f"the device is {device}; what its kernels do not take ({limits}) PyTorch trains")
+    elif numba_here:
+        routing = training = ("numba", "the device is cpu and Numba is installed")
     else:
-        training = Backend("train_ensemble", "numba", f"the device is cpu and Numba is installed{note}")
-    return [*ops, training]
+        routing = ("torch", "Numba is missing; PyTorch does without it, slower")
+        training = ("none", "Numba is missing; --impl torch trains without it, slower")
+    found = [(op, *routing) for op in ROUTING_OPS]
+    found += [(op, "torch", "its only implementation in this version") for op in TORCH_OPS]
+    return [Backend(op, runs, why + note) for op, runs, why in [*found, ("train_ensemble", *training)]]
 
 
 def energy_meters() -> list[Meter]:

@@ -200,9 +200,13 @@ def stacked_error(case: Case) -> float:
 
 
 def relative(mine: Tensor, other: Tensor) -> Tensor:
-    """max_i |mine_i − other_i| / RMS(other), rows (S, i) on their own, and then the largest; 0/0 is NaN."""
+    """max_i |mine_i − other_i| / RMS(other), rows (S, i) on their own, and then the largest; NaN stays.
+
+    Equal numbers do not differ, also where all are 0: a model whose every ReLU is dead has no gradient.
+    """
     mine, other = mine.double().cpu(), other.double().cpu()
-    return ((mine - other).abs() / other.square().mean(1, keepdim=True).sqrt()).max()
+    apart = (mine - other).abs()
+    return torch.where(apart == 0, 0.0, apart / other.square().mean(1, keepdim=True).sqrt()).max()
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,12 @@ def _ensemble(options: Options) -> Findings:
     return run(options)
 
 
+def _routing(options: Options) -> Findings:
+    from moesaic.bench.bench_routing import run
+
+    return run(options)
+
+
 BENCHES: dict[str, Benchmark] = {
     "ensemble": Benchmark(
         "whole trainings of many small toy models, ours against PyTorch",
@@ -110,7 +116,13 @@ BENCHES: dict[str, Benchmark] = {
         },
         ("vmap",),
         _ensemble,
-    )
+    ),
+    "routing": Benchmark(
+        "top-k routing and grouping by expert, ours against PyTorch",
+        {"torch": "softmax, topk, renormalise, stable sort, bincount and cumsum"},
+        ("torch",),
+        _routing,
+    ),
 }
 
 

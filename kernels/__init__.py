@@ -1,10 +1,17 @@
 """Ops on tensors: what runs fast."""
 
 from moesaic.kernels import reference as reference
+from moesaic.kernels.balancing import Capacity as Capacity
+from moesaic.kernels.balancing import LoadMetrics as LoadMetrics
+from moesaic.kernels.balancing import drop_over_capacity as drop_over_capacity
+from moesaic.kernels.balancing import load_metrics as load_metrics
+from moesaic.kernels.balancing import update_selection_bias as update_selection_bias
 from moesaic.kernels.decode_loss import decode_loss as decode_loss
 from moesaic.kernels.dispatch import Grouping as Grouping
+from moesaic.kernels.dispatch import TileMap as TileMap
 from moesaic.kernels.dispatch import combine as combine
 from moesaic.kernels.dispatch import group_by_expert as group_by_expert
+from moesaic.kernels.dispatch import tile_map as tile_map
 from moesaic.kernels.encode_features import encode_features as encode_features
 from moesaic.kernels.ensemble import EnsembleSettings as EnsembleSettings
 from moesaic.kernels.ensemble import EnsembleShape as EnsembleShape
@@ -16,6 +23,9 @@ from moesaic.kernels.features import FeatureTable as FeatureTable
 from moesaic.kernels.features import sample_features as sample_features
 from moesaic.kernels.grouped_matmul import grouped_matmul as grouped_matmul
 from moesaic.kernels.philox import philox_uniform as philox_uniform
+from moesaic.kernels.product_keys import route_product_keys as route_product_keys
+from moesaic.kernels.router import route as route
 from moesaic.kernels.routing import Routing as Routing
+from moesaic.kernels.routing import RoutingStatistics as RoutingStatistics
 from moesaic.kernels.routing import load_balance_loss as load_balance_loss
 from moesaic.kernels.routing import route_topk as route_topk

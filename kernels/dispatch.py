@@ -9,10 +9,14 @@ Everything stays on the device of the ids: no size or count is read back.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from moesaic.kernels._extras import numba_twin
 
 
 class Grouping(NamedTuple):
@@ -49,15 +53,75 @@ def group_by_expert(ids: Tensor, n_experts: int) -> Grouping:
         raise ValueError(f"ids must be integers, got {ids.dtype}")
     if n_experts < 1:
         raise ValueError(f"n_experts must be at least 1, got {n_experts}")
-    flat = ids.detach().reshape(-1).to(torch.int64)
+    offsets, permutation, inverse = _group(ids.detach().reshape(-1), n_experts)
+    counts = offsets[1:] - offsets[:-1]
+    return Grouping(counts[:-1], offsets[:-1], permutation, inverse, counts[-1])
+
+
+@torch.library.custom_op("moesaic::group_by_expert", mutates_args=())
+def _group(ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Offsets (E + 2), of which the last group are the skipped, permutation and inverse of ids (T·k)."""
+    if ids.is_cuda:
+        from moesaic.kernels import dispatch_triton
+
+        with torch.cuda.device_of(ids):
+            return dispatch_triton.group(ids, n_experts)
+    if ids.device.type == "cpu" and find_spec("numba") is not None:
+        ids = ids.to(torch.int64).contiguous()
+        offsets = torch.zeros(n_experts + 2, dtype=torch.int64)
+        permutation, inverse = torch.empty_like(ids), torch.empty_like(ids)
+        arrays = [tensor.numpy() for tensor in (offsets, permutation, inverse)]
+        numba_twin("dispatch_cpu").group(ids.numpy(), n_experts, *arrays)
+        return offsets, permutation, inverse
+    flat = ids.to(torch.int64)
     key = torch.where((flat < 0) | (flat >= n_experts), n_experts, flat)
     permutation = torch.sort(key, stable=True).indices
     slots = torch.arange(flat.numel(), device=ids.device)
     inverse = torch.empty_like(permutation).scatter_(0, permutation, slots)
     # Integer adds commute, so the scatter is deterministic; bincount would wait for the device.
     counts = torch.zeros(n_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, key, torch.ones_like(key))
-    offsets = torch.cat([counts.new_zeros(1), counts[:-1].cumsum(0)])
-    return Grouping(counts[:-1], offsets, permutation, inverse, counts[-1])
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), permutation, inverse
+
+
+@_group.register_fake
+def _(ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    slots = ids.new_empty(ids.numel(), dtype=torch.int64)
+    return slots.new_empty(n_experts + 2), slots, torch.empty_like(slots)
+
+
+@register_flop_formula(torch.ops.moesaic.group_by_expert)
+def _flops(*args: object, **kwargs: object) -> int:
+    return 0
+
+
+class TileMap(NamedTuple):
+    """Tiles of at most ``block`` rows, none across two experts, in order of expert; for grids of a known size.
+
+    expert (N,) and first_row (N,) int64 with N = ⌈T·k/block⌉ + min(E, T·k), which is enough for every routing; places
+    from n_tiles () on have expert E and first_row offsets[E].
+    """
+
+    expert: Tensor
+    first_row: Tensor
+    n_tiles: Tensor
+
+
+def tile_map(grouping: Grouping, block: int) -> TileMap:
+    """Cut each expert's rows into tiles of ``block``, without reading anything back to the host.
+
+    Raises:
+        ValueError: for a block below 1.
+    """
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
+    counts, offsets = grouping.counts, grouping.offsets
+    n_experts, n_slots = counts.shape[0], grouping.permutation.shape[0]
+    ends = ((counts + block - 1) // block).cumsum(0)
+    tiles = torch.arange(-(-n_slots // block) + min(n_experts, n_slots), device=counts.device)
+    expert = torch.searchsorted(ends, tiles, right=True)
+    before = torch.cat([ends.new_zeros(1), ends])[expert]
+    first_row = torch.where(expert < n_experts, offsets[expert] + (tiles - before) * block, offsets[-1])
+    return TileMap(expert, first_row, ends[-1])
 
 
 @torch.library.custom_op("moesaic::permute_rows", mutates_args=())

@@ -156,10 +156,11 @@ def train_ensemble(
         return ensemble_cpu.launch(*args)
     from moesaic.kernels import ensemble_memory, ensemble_registers
 
-    if ensemble_registers.fits(shape, settings):
-        return ensemble_registers.launch(*args)
-    ensemble_memory.check(shape, settings)
-    return ensemble_memory.launch(*args)
+    with torch.cuda.device_of(state):  # Triton launches on the current device
+        if ensemble_registers.fits(shape, settings):
+            return ensemble_registers.launch(*args)
+        ensemble_memory.check(shape, settings)
+        return ensemble_memory.launch(*args)
 
 
 def has_gpu_kernel(shape: EnsembleShape, settings: EnsembleSettings) -> bool:

@@ -58,7 +58,8 @@ def philox_uniform(seeds: Tensor, n_rows: int, n_cols: int, *, step: int = 0, st
     if seeds.dim() != 1 or seeds.dtype != torch.int64:
         raise ValueError(f"seeds: takes a 1-D int64 tensor, got {tuple(seeds.shape)} {seeds.dtype}")
     if seeds.is_cuda and n_rows and n_cols:
-        return _launch(seeds, step, stream, n_rows, n_cols)
+        with torch.cuda.device_of(seeds):  # Triton launches on the current device
+            return _launch(seeds, step, stream, n_rows, n_cols)
     return philox_uniform_reference(seeds, n_rows, n_cols, step=step, stream=stream)
 
 

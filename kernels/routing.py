@@ -9,19 +9,16 @@ The bias picks but does not weigh (auxiliary-loss-free balancing, arXiv:2408.156
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from moesaic.kernels import routing_eager
-from moesaic.kernels.routing_op import route_op
+from moesaic.kernels.routing_op import MAX_EXPERTS, can_fuse, route_op
 from moesaic.kernels.routing_options import checked_options
 
 IMPLS = ("auto", "fused", "torch")
-MAX_FUSED_EXPERTS = 1024
-"""Experts of a row that the Triton kernel holds at once."""
 
 
 class Routing(NamedTuple):
@@ -125,7 +122,6 @@ def route_topk(
 
     Raises:
         ValueError: naming the argument, its value and what it takes.
-        ImportError: for `impl="fused"` on a CPU without Numba.
     """
     if logits.ndim < 1 or not logits.is_floating_point():
         raise ValueError(f"logits must be floating point (..., E), got {logits.dtype} {tuple(logits.shape)}")
@@ -137,9 +133,14 @@ def route_topk(
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     rows = logits.reshape(-1, n_experts)
-    if impl == "fused" and logits.dtype == torch.float64:
-        raise ValueError("impl='fused' takes logits of at most 32 bits, got torch.float64")
-    if impl == "fused" or (impl == "auto" and _can_fuse(rows)):
+    fuses = logits.dtype != torch.float64 and can_fuse(logits.device, n_experts, options)
+    if impl == "fused" and not fuses:
+        raise ValueError(
+            "impl='fused' takes logits of at most 32 bits, on a CPU with Numba (pip install 'moesaic[bench]') or on a "
+            f"GPU with at most {MAX_EXPERTS} experts or neither groups nor statistics, got {logits.dtype} "
+            f"{tuple(logits.shape)} on {logits.device}"
+        )
+    if fuses and impl != "torch":
         weights, ids, lse, counts, prob_sums = route_op(rows, bias, options)
     else:
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -148,21 +149,11 @@ def route_topk(
             lse, counts, prob_sums = routing_eager.statistics(rows, ids, weights)
     shape = (*logits.shape[:-1], top_k)
     routing = Routing(weights.view(shape), ids.view(shape))
-    return (routing, _statistics(rows.shape[0], top_k, lse, counts, prob_sums)) if return_statistics else routing
+    return (routing, statistics_of(rows.shape[0], top_k, lse, counts, prob_sums)) if return_statistics else routing
 
 
-def _can_fuse(rows: Tensor) -> bool:
-    if rows.dtype == torch.float64:
-        return False
-    if rows.is_cuda:
-        return rows.shape[1] <= MAX_FUSED_EXPERTS
-    return rows.device.type == "cpu" and _NUMBA
-
-
-_NUMBA = find_spec("numba") is not None
-
-
-def _statistics(n_rows: int, top_k: int, lse: Tensor, counts: Tensor, prob_sums: Tensor) -> RoutingStatistics:
+def statistics_of(n_rows: int, top_k: int, lse: Tensor, counts: Tensor, prob_sums: Tensor) -> RoutingStatistics:
+    """Return the statistics of T rows from log-sum-exp (T), counts (E) and Σ_t softmax (E)."""
     mean_probs = prob_sums / max(n_rows, 1)
     share = counts.to(mean_probs.dtype) / max(n_rows * top_k, 1)
     balance = counts.shape[0] * (share * mean_probs).sum()

@@ -172,8 +172,8 @@ def _top(row):
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def route_rows(
-    begin, end, logits, bias, has_bias, scoring, n_groups, k_groups, by, renormalize, scale, seed, statistics,
-    weights, ids, lse, counts, prob_sums,
+    begin, end, logits, bias, has_bias, scoring, n_groups, k_groups, by, renormalize, scale, seed, first_row,
+    statistics, weights, ids, lse, counts, prob_sums,
 ):  # fmt: skip
     """Route rows begin … end − 1; with ``statistics``, write log Σ e^l to ``lse`` and add to counts and Σ softmax."""
     n_experts, k = logits.shape[1], ids.shape[1]
@@ -206,7 +206,7 @@ def route_rows(
                 for e in range(n_experts):
                     values[e] += bias[e]
             nan = _top(values)[1]
-        a, inverse, c = _shuffle(seed, t)
+        a, inverse, c = _shuffle(seed, first_row + t)
         _keys(ranked, 0, n_experts, a, c, mask, keys)
         if by != NO_GROUPS:
             _keep_groups(ranked, keys, n_groups, k_groups, by, group_keys, best)
@@ -309,10 +309,88 @@ def route_rows_backward(
                 for j in range(k):
                     found += _sigmoid(row[ids[t, j]])
             for j in range(k):
-                s = _sigmoid(row[ids[t, j]])
+                small = _exp(-abs(row[ids[t, j]]))
                 towards = (g[j] * scale - mean) / found if renormalize else g[j] * scale
-                out[ids[t, j]] += towards * s * (np.float32(1.0) - s)
+                # s (1 − s) without the loss of digits near s = 1.
+                out[ids[t, j]] += towards * small / ((np.float32(1.0) + small) * (np.float32(1.0) + small))
         else:
             # Renormalised, a softmax over all is one over the chosen.
             for j in range(k):
                 out[ids[t, j]] += w[j] * (g[j] - mean / scale)
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def stream_rows(
+    begin, end, tile, first, mask, bias, has_bias, sigmoid, sums, seed, first_row, best, tops, totals, nans
+):
+    """Take experts first … first + tile.shape[1] − 1 of rows begin … end − 1 into the rows' running state.
+
+    State of a row: its k best keys, falling; with ``sums``, the largest logit so far and Σ e^(l − that); whether a NaN
+    was seen.
+    """
+    n_tile, k = tile.shape[1], best.shape[1]
+    keys, values = np.empty(n_tile, np.int64), np.empty(n_tile, np.float32)
+    for t in range(begin, end):
+        row = tile[t]
+        top, nan = _top(row)
+        if sums and top > np.float32(-np.inf):
+            most = max(top, tops[t])
+            _powers(row, most, values)
+            totals[t] = totals[t] * _exp(tops[t] - most) + _total(values, n_tile)
+            tops[t] = most
+        ranked = row
+        if has_bias:
+            for e in range(n_tile):
+                values[e] = (_sigmoid(row[e]) if sigmoid else row[e]) + bias[first + e]
+            nan = _top(values)[1]
+            ranked = values
+        nans[t] |= nan
+        a, _, c = _shuffle(seed, first_row + t)
+        _keys(ranked, 0, n_tile, a, c + first * a, mask, keys)
+        _insert(keys, 0, n_tile, best[t], k)
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def finish_rows(begin, end, best, mask, seed, nans, ids, values):
+    """Write ids and ranked values of the k best keys; ids 0 … k − 1 where there was a NaN."""
+    for t in range(begin, end):
+        _, inverse, c = _shuffle(seed, t)
+        for j in range(best.shape[1]):
+            key = best[t, j]
+            ordered = np.int32(key >> 32)
+            values[t, j] = np.int32(ordered ^ ((ordered >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+            ids[t, j] = j if nans[t] else (((mask - (key & _LOW)) - c) * inverse) & mask
+
+
+@njit(nogil=True, error_model="numpy", fastmath=_SUMS, cache=True)
+def chosen_logits(begin, end, x, weight, ids, out):
+    """Write x_t · W_e of the chosen experts."""
+    for t in range(begin, end):
+        for j in range(ids.shape[1]):
+            total, row = np.float32(0.0), weight[ids[t, j]]
+            for i in range(x.shape[1]):
+                total += x[t, i] * row[i]
+            out[t, j] = total
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def gather_sum(begin, end, grads, weight, ids, out):
+    """Write Σ_j g_tj W_{e_tj} to rows begin … end − 1 of ``out``."""
+    for t in range(begin, end):
+        for i in range(out.shape[1]):
+            out[t, i] = np.float32(0.0)
+        for j in range(ids.shape[1]):
+            g, row = grads[t, j], weight[ids[t, j]]
+            for i in range(out.shape[1]):
+                out[t, i] += g * row[i]
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def outer_sum(begin, end, offsets, permutation, k, grads, x, out):
+    """Add Σ_t g_te x_t of experts begin … end − 1, in order of t, to rows of ``out``; grads (T·k)."""
+    for e in range(begin, end):
+        for at in range(offsets[e], offsets[e + 1]):
+            slot = permutation[at]
+            g, row = grads[slot], x[slot // k]
+            for i in range(out.shape[1]):
+                out[e, i] += g * row[i]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ from torch.utils.flop_counter import register_flop_formula
 from moesaic.kernels._extras import numba_twin
 from moesaic.kernels.routing_options import RoutingOptions
 
-_ROWS_PER_PART = 1024
+MAX_EXPERTS = 1024
+"""Experts of a row that a Triton kernel holds at once; longer rows stream, without groups and statistics."""
+_ROWS_PER_PART = 256
 _MOST_PARTS = 32
 """Parts that keep sums over rows of their own: a constant, so that sums do not depend on the threads."""
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -28,12 +32,7 @@ def _route(
     options = RoutingOptions(
         top_k, scoring, n_groups, top_k_groups, group_score, renormalize, scale, tie_seed, statistics
     )
-    logits = logits.contiguous()
-    if logits.device.type == "cpu":
-        return _on_cpu(logits, bias, options)
-    from moesaic.kernels import routing_triton
-
-    return routing_triton.route(logits, bias, options)
+    return route_rows(logits.contiguous(), bias, options)
 
 
 @_route.register_fake
@@ -59,12 +58,9 @@ def _route_backward(
 ) -> Tensor:  # fmt: skip
     """dL/dlogits (T, E) in the dtype of the logits."""
     options = RoutingOptions(ids.shape[1], scoring, 0, 0, 0, renormalize, scale, -1, False)
-    logits, grad_weights = logits.contiguous(), grad_weights.contiguous()
-    if logits.device.type == "cpu":
-        return _backward_on_cpu(logits, weights, ids, grad_weights, grad_probs, grad_lse, options)
-    from moesaic.kernels import routing_triton
-
-    return routing_triton.route_backward(logits, weights, ids, grad_weights, grad_probs, grad_lse, options)
+    return route_rows_backward(
+        logits.contiguous(), weights, ids, grad_weights.contiguous(), grad_probs, grad_lse, options
+    )
 
 
 @_route_backward.register_fake
@@ -99,23 +95,59 @@ def _flops(*args: object, **kwargs: object) -> int:
     return 0
 
 
+def can_fuse(device: torch.device, n_experts: int, options: RoutingOptions) -> bool:
+    """Return whether the op takes rows of this many experts on this device."""
+    if device.type == "cpu":
+        return find_spec("numba") is not None
+    return device.type == "cuda" and (n_experts <= MAX_EXPERTS or not (options.n_groups or options.statistics))
+
+
+def route_rows(logits: Tensor, bias: Tensor | None, options: RoutingOptions, *, first_row: int = 0) -> _Outputs:
+    """Route contiguous logits (T, E) by the kernels of their device; ``first_row`` numbers the rows for ties."""
+    if logits.device.type == "cpu":
+        return on_cpu(logits, bias, options, first_row=first_row)
+    from moesaic.kernels import routing_triton, routing_wide_triton
+
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        if logits.shape[1] <= MAX_EXPERTS:
+            return routing_triton.route(logits, bias, options, first_row=first_row)
+        return routing_wide_triton.route(logits, bias, options, first_row=first_row)
+
+
+def route_rows_backward(
+    logits: Tensor, weights: Tensor, ids: Tensor, grad_weights: Tensor, grad_probs: Tensor | None,
+    grad_lse: Tensor | None, options: RoutingOptions,
+) -> Tensor:  # fmt: skip
+    """Return dL/dlogits by the kernels of their device."""
+    if logits.device.type == "cpu":
+        return backward_on_cpu(logits, weights, ids, grad_weights, grad_probs, grad_lse, options)
+    from moesaic.kernels import routing_triton, routing_wide_triton
+
+    with torch.cuda.device_of(logits):
+        if logits.shape[1] <= MAX_EXPERTS:
+            return routing_triton.route_backward(logits, weights, ids, grad_weights, grad_probs, grad_lse, options)
+        return routing_wide_triton.route_backward(logits, weights, ids, grad_weights, options)
+
+
 def route_op(logits: Tensor, bias: Tensor | None, options: RoutingOptions) -> _Outputs:
     """Call the op; logits (T, E) of 32 or 16 bits."""
     outputs: _Outputs = _route(logits, None if bias is None else bias.detach(), *options)
     return outputs
 
 
-def _parts(n_rows: int) -> list[tuple[int, int]]:
+def parts(n_rows: int) -> list[tuple[int, int]]:
+    """Return first and last row + 1 of each part, whose size depends on the number of rows alone."""
     size = max(_ROWS_PER_PART, -(-n_rows // _MOST_PARTS))
     return [(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
 
-def _on_cpu(logits: Tensor, bias: Tensor | None, options: RoutingOptions) -> _Outputs:
+def on_cpu(logits: Tensor, bias: Tensor | None, options: RoutingOptions, *, first_row: int = 0) -> _Outputs:
+    """Route with the CPU twin; the rows' orders among equals are those from number ``first_row`` on."""
     twin = numba_twin("routing_cpu")
-    (n_rows, n_experts), k, parts = logits.shape, options.top_k, _parts(logits.shape[0])
+    (n_rows, n_experts), k, pieces = logits.shape, options.top_k, parts(logits.shape[0])
     weights, ids = torch.empty(n_rows, k), torch.empty(n_rows, k, dtype=torch.int64)
     lse = torch.empty(n_rows if options.statistics else 0)
-    kept = len(parts) if options.statistics else 0
+    kept = len(pieces) if options.statistics else 0
     counts = torch.zeros(max(kept, 1), n_experts, dtype=torch.int64)
     probs = torch.zeros(max(kept, 1), n_experts, dtype=torch.float64)
     biases = torch.zeros(0) if bias is None else bias.float().contiguous()
@@ -124,42 +156,44 @@ def _on_cpu(logits: Tensor, bias: Tensor | None, options: RoutingOptions) -> _Ou
     def part(number: int) -> None:
         own = number if options.statistics else 0
         twin.route_rows(
-            *parts[number], x, biases.numpy(), bias is not None, options.scoring, options.n_groups,
+            *pieces[number], x, biases.numpy(), bias is not None, options.scoring, options.n_groups,
             options.top_k_groups, options.group_score, options.renormalize, np.float32(options.scale),
-            options.tie_seed, options.statistics, weights.numpy(), ids.numpy(), lse.numpy(), counts[own].numpy(),
-            probs[own].numpy(),
+            options.tie_seed, first_row, options.statistics, weights.numpy(), ids.numpy(), lse.numpy(),
+            counts[own].numpy(), probs[own].numpy(),
         )  # fmt: skip
 
-    _in_parts(part, len(parts), twin.get_num_threads())
+    in_parts(part, len(pieces), twin.get_num_threads())
     return weights, ids, lse, counts.sum(0), probs.sum(0).float()
 
 
-def _backward_on_cpu(
+def backward_on_cpu(
     logits: Tensor, weights: Tensor, ids: Tensor, grad_weights: Tensor, grad_probs: Tensor | None,
     grad_lse: Tensor | None, options: RoutingOptions,
 ) -> Tensor:  # fmt: skip
+    """Return dL/dlogits by the CPU twin."""
     twin = numba_twin("routing_cpu")
     out = torch.empty(logits.shape)
     empty = torch.zeros(0)
     towards = [empty if grad is None else grad.float().contiguous() for grad in (grad_probs, grad_lse)]
     arrays = [tensor.numpy() for tensor in (logits.float(), weights, ids, grad_weights, *towards)]
-    parts = _parts(logits.shape[0])
+    pieces = parts(logits.shape[0])
 
     def part(number: int) -> None:
         twin.route_rows_backward(
-            *parts[number], *arrays, grad_probs is not None, grad_lse is not None, options.scoring,
+            *pieces[number], *arrays, grad_probs is not None, grad_lse is not None, options.scoring,
             options.renormalize, np.float32(options.scale), out.numpy(),
         )  # fmt: skip
 
-    _in_parts(part, len(parts), twin.get_num_threads())
+    in_parts(part, len(pieces), twin.get_num_threads())
     return out.to(logits.dtype)
 
 
-def _in_parts(part: Any, n_parts: int, threads: int) -> None:
+def in_parts(part: Callable[[int], None], n_parts: int, threads: int) -> None:
+    """Call ``part`` with 0 … n_parts − 1, spread over threads; compiled code holds no lock."""
     if n_parts <= 1 or threads <= 1:
         for number in range(n_parts):
             part(number)
         return
-    with ThreadPoolExecutor(threads) as pool:  # compiled code holds no lock
+    with ThreadPoolExecutor(threads) as pool:
         for job in [pool.submit(part, number) for number in range(n_parts)]:
             job.result()

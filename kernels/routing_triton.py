@@ -8,6 +8,8 @@ so far are taken. Sums over rows are per program and are added in order outside:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -20,8 +22,8 @@ _NO_GROUPS, _BY_TOP2, _BY_MAX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2
 _EPS = tl.constexpr(1e-20)
 _TILE_ELEMENTS = 4096
 """Logits of a tile, 32 a thread with 32-bit keys; 64-bit keys or sums over rows take half, or registers spill."""
-MAX_EXPERTS = 1024
-"""Experts of a tile, and so of a row."""
+MAX_PROJECTED_EXPERTS = 256
+"""Experts of a row whose projection is part of the kernel."""
 _PROGRAMS = 1024
 """Programs that keep sums over rows: a constant, so that sums do not depend on the device."""
 
@@ -163,14 +165,29 @@ def _weigh(chosen, top, total, inside, nan, scale, SCORING: tl.constexpr, RENORM
     return tl.where(nan[:, None], float("nan"), weights * scale)
 
 
-@triton.jit(do_not_specialize=["n_rows", "per_program", "seed_low", "seed_high"])
+@triton.jit
+def _project(X, Router, rows, valid, E: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+             BLOCK_D: tl.constexpr):  # fmt: skip
+    """Return logits x Wᵀ (BLOCK_T, BLOCK_E) in float32."""
+    e, logits = tl.arange(0, BLOCK_E), tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        x = tl.load(X + rows[:, None] * D + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
+        at = e[None, :].to(tl.int64) * D + d[:, None]
+        w = tl.load(Router + at, mask=(e < E)[None, :] & (d < D)[:, None], other=0.0)
+        logits = tl.dot(x, w, logits, input_precision="ieee")
+    return logits
+
+
+@triton.jit(do_not_specialize=["n_rows", "per_program", "first_row", "seed_low", "seed_high"])
 def _route_kernel(
-    Logits, Bias, Weights, Ids, Lse, Counts, Probs, n_rows, per_program, seed_low, seed_high, scale,
-    E: tl.constexpr, K: tl.constexpr, SCORING: tl.constexpr, HAS_BIAS: tl.constexpr, N_GROUPS: tl.constexpr,
-    K_GROUPS: tl.constexpr, BY: tl.constexpr, RENORMALIZE: tl.constexpr, SHUFFLE: tl.constexpr,
-    STATISTICS: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    Logits, Router, Bias, Weights, Ids, Lse, Counts, Probs, n_rows, per_program, first_row, seed_low, seed_high, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, E: tl.constexpr, K: tl.constexpr, SCORING: tl.constexpr,
+    HAS_BIAS: tl.constexpr, N_GROUPS: tl.constexpr, K_GROUPS: tl.constexpr, BY: tl.constexpr,
+    RENORMALIZE: tl.constexpr, SHUFFLE: tl.constexpr, STATISTICS: tl.constexpr, PACKED: tl.constexpr,
+    MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """Route rows of logits (T, E), or with D > 0 of their projection from tokens (T, D), which then stand in Logits."""
     BY_SCORE: tl.constexpr = HAS_BIAS or BY == _BY_TOP2
     first = tl.program_id(0).to(tl.int64) * per_program
     e, j = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)[None, :]
@@ -180,9 +197,11 @@ def _route_kernel(
     for start in range(first, tl.minimum(first + per_program, n_rows), BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T).to(tl.int64)
         valid = rows < n_rows
-        at = rows[:, None] * E + e[None, :]
         there = valid[:, None] & (e < E)[None, :]
-        logits = tl.load(Logits + at, mask=there, other=0.0).to(tl.float32)
+        if D > 0:
+            logits = _project(Logits, Router, rows, valid, E, D, BLOCK_T, BLOCK_E, BLOCK_D)
+        else:
+            logits = tl.load(Logits + rows[:, None] * E + e[None, :], mask=there, other=0.0).to(tl.float32)
         nan = tl.max(tl.where(there & (logits != logits), 1, 0), 1) > 0
         top = tl.max(tl.where((e < E)[None, :], logits, float("-inf")), 1)
         total = top * 0.0 + 1.0
@@ -200,7 +219,7 @@ def _route_kernel(
                 values += bias
             nan |= tl.max(tl.where(there & (values != values), 1, 0), 1) > 0
         if SHUFFLE:
-            a, inverse, c = _shuffle(rows, seed_low, seed_high)
+            a, inverse, c = _shuffle(rows + first_row, seed_low, seed_high)
             rank = tl.mul(e[None, :].to(tl.uint32), a[:, None], sanitize_overflow=False)
             rank = (tl.add(rank, c[:, None], sanitize_overflow=False) & MASK).to(tl.int32)
         else:
@@ -281,13 +300,11 @@ def _route_backward_kernel(
             if RENORMALIZE:
                 found = tl.sum(tl.where(inside, s, 0.0), 1) + _EPS
                 towards = (towards - mean[:, None]) / found[:, None]
-            part += towards * s * (1.0 - s)
+            small = tl.exp(-tl.abs(chosen))
+            part += towards * small / ((1.0 + small) * (1.0 + small))  # s (1 − s), also near s = 1
         else:
             # Renormalised, a softmax over all is one over the chosen.
-            most = tl.max(tl.where(inside, chosen, float("-inf")), 1)
-            share = tl.where(inside, tl.exp(chosen - most[:, None]), 0.0)
-            share = share / tl.maximum(tl.sum(share, 1), _EPS)[:, None]
-            part += scale * share * (grads - tl.sum(share * grads, 1)[:, None])
+            part += tl.where(scale == 0, 0.0, weights * (grads - mean[:, None] / scale))
     tl.store(GradLogits + rows[:, None] * E + e[None, :], tl.where(nan[:, None], float("nan"), out), mask=there)
     # Other threads of the program have written these places.
     tl.debug_barrier()
@@ -303,46 +320,68 @@ def packing(logits: Tensor, options: RoutingOptions, *, biased: bool) -> int:
 
 def tile(n_experts: int, *, light: bool) -> tuple[int, int]:
     """Return rows and experts per tile; ``light``: with 32-bit keys and without sums over rows."""
-    block_e = max(16, triton.next_power_of_2(min(n_experts, MAX_EXPERTS)))
+    block_e = max(16, triton.next_power_of_2(n_experts))
     return max(1, (_TILE_ELEMENTS if light else _TILE_ELEMENTS // 2) // block_e), block_e
 
 
 def route(
-    logits: Tensor, bias: Tensor | None, options: RoutingOptions
+    given: Tensor,
+    bias: Tensor | None,
+    options: RoutingOptions,
+    *,
+    router: Tensor | None = None,
+    first_row: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return weights, ids, log-sum-exp (T), counts (E) and Σ_t softmax (E) of contiguous logits (T, E); E ≤ 1,024.
+    """Return weights, ids, log-sum-exp (T), counts (E) and Σ_t softmax (E); E ≤ 1,024, or 256 with a router.
 
     The last three mean nothing unless ``options.statistics``.
+
+    Args:
+        given: contiguous logits (T, E), or tokens (T, d) if there is a router.
+        bias: (E,) or None.
+        options: the options.
+        router: contiguous weight (E, d) of the projection, of the dtype of the tokens.
+        first_row: number of the first row, for the rows' orders among equals.
     """
-    (n_rows, n_experts), k, device = logits.shape, options.top_k, logits.device
+    n_rows, k, device = len(given), options.top_k, given.device
+    n_experts = given.shape[1] if router is None else len(router)
+    chosen = constants(given, options, router=router, biased=bias is not None)
     weights = torch.empty(n_rows, k, device=device)
     ids = torch.empty(n_rows, k, dtype=torch.int64, device=device)
     lse = torch.empty(n_rows if options.statistics else 0, device=device)
-    block_t = constants(logits, options, biased=bias is not None)["BLOCK_T"]
+    block_t = chosen["BLOCK_T"]
     blocks = triton.cdiv(n_rows, block_t)
     per_program = triton.cdiv(blocks, _PROGRAMS) if options.statistics else 1
     programs = triton.cdiv(blocks, per_program) if blocks else 0
     sums = (programs, n_experts) if options.statistics else (0, n_experts)
     counts, probs = torch.empty(sums, dtype=torch.int32, device=device), torch.empty(sums, device=device)
     if programs:
-        seed = max(options.tie_seed, 0)
         _route_kernel[(programs,)](
-            logits, bias if bias is not None else logits, weights, ids, lse, counts, probs, n_rows,
-            per_program * block_t, _signed(seed & 0xFFFFFFFF), _signed(seed >> 32), options.scale,
-            **constants(logits, options, biased=bias is not None), num_warps=4,
+            given, given if router is None else router, given if bias is None else bias, weights, ids, lse, counts,
+            probs, n_rows, per_program * block_t, first_row, *seed_words(options), options.scale, **chosen,
+            num_warps=warps(n_experts, projects=router is not None),
         )  # fmt: skip
     return weights, ids, lse, counts.sum(0), probs.sum(0)
 
 
-def constants(logits: Tensor, options: RoutingOptions, *, biased: bool) -> dict[str, int | bool]:
+def warps(n_experts: int, *, projects: bool) -> int:
+    """Return the warps of a program of the forward kernel."""
+    return 8 if projects and n_experts > 128 else 4
+
+
+def constants(given: Tensor, options: RoutingOptions, *, router: Tensor | None = None, biased: bool) -> dict[str, Any]:
     """Return the compile-time arguments of the forward kernel."""
-    packed = packing(logits, options, biased=biased)
-    block_t, block_e = tile(logits.shape[1], light=packed > 0 and not options.statistics)
+    n_experts, d = (given.shape[1], 0) if router is None else (len(router), given.shape[1])
+    packed = 0 if d else packing(given, options, biased=biased)
+    block_t, block_e = tile(n_experts, light=packed > 0 and not options.statistics)
+    if d:  # tl.dot takes no fewer rows than 16
+        block_t = min(max(block_t, 16), 64)
     return {
-        "E": logits.shape[1], "K": options.top_k, "SCORING": options.scoring, "HAS_BIAS": biased,
+        "D": d, "BLOCK_D": min(64, max(16, triton.next_power_of_2(max(d, 1)))), "E": n_experts, "K": options.top_k,
+        "SCORING": options.scoring, "HAS_BIAS": biased,
         "N_GROUPS": options.n_groups, "K_GROUPS": options.top_k_groups, "BY": options.group_score,
         "RENORMALIZE": options.renormalize, "SHUFFLE": options.tie_seed >= 0, "STATISTICS": options.statistics,
-        "PACKED": packed, "MASK": triton.next_power_of_2(logits.shape[1]) - 1,
+        "PACKED": packed, "MASK": triton.next_power_of_2(n_experts) - 1,
         "BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_K": max(2, triton.next_power_of_2(options.top_k)),
     }  # fmt: skip
 
@@ -371,5 +410,7 @@ def route_backward(
     return out
 
 
-def _signed(word: int) -> int:
-    return word - 2**32 if word >= 2**31 else word
+def seed_words(options: RoutingOptions) -> list[int]:
+    """Return the low and the high half of the seed of ties as int32."""
+    words = (max(options.tie_seed, 0) & 0xFFFFFFFF, max(options.tie_seed, 0) >> 32)
+    return [word - 2**32 if word >= 2**31 else word for word in words]

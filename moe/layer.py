@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.kernels.balancing import drop_over_capacity, update_selection_bias
 from moesaic.kernels.dispatch import group_by_expert
 from moesaic.kernels.expert_mlp import ACTIVATIONS, GATED, activate, expert_mlp
 from moesaic.kernels.routing import Routing, load_balance_loss, route_topk
@@ -158,7 +159,8 @@ class MoE(nn.Module):
         if self.balance_load is not None and self.training:
             with torch.no_grad():
                 self.balance_load += group_by_expert(ids, self.n_experts).counts
-        kept = ids if self.capacity_factor is None else self._within_capacity(ids)
+        factor = self.capacity_factor
+        kept = ids if factor is None else drop_over_capacity(ids, self.n_experts, factor).ids
         y = expert_mlp(
             x,
             self.up.transpose(1, 2),
@@ -182,13 +184,6 @@ class MoE(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), self.router.to(dtype))
 
-    def _within_capacity(self, ids: Tensor) -> Tensor:
-        """Ids with n_experts, a skipped choice, in place of those past their expert's capacity."""
-        capacity = math.ceil((self.capacity_factor or 0.0) * ids.numel() / self.n_experts)
-        grouping = group_by_expert(ids, self.n_experts)
-        rank = grouping.inverse.view(ids.shape) - grouping.offsets[ids]
-        return torch.where(rank < capacity, ids, self.n_experts)
-
     def _record(self, logits: Tensor, routing: Routing, kept: Tensor) -> LayerRouting:
         grouping = group_by_expert(kept, self.n_experts)
         loss = load_balance_loss(logits, routing.ids)
@@ -205,8 +200,7 @@ class MoE(nn.Module):
         """
         if self.balance_bias is None or self.balance_load is None:
             raise ValueError(f"update_balance takes a layer with balance='bias', this one has balance={self.balance!r}")
-        load = self.balance_load.to(torch.float64)
-        self.balance_bias += rate * torch.sign(load.mean() - load).to(torch.float32)
+        update_selection_bias(self.balance_bias, self.balance_load, rate)
         self.balance_load.zero_()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -148,6 +148,14 @@ def test_cases_are_the_panels_in_full_and_four_larger_shapes() -> None:
     assert (len(importances), min(importances), max(importances)) == (58, 0.1, 2.95)
 
 
+def test_equal_numbers_do_not_differ_and_a_nan_does() -> None:
+    zeros, one = torch.zeros(2, 3), torch.tensor([[0.0, 0.0, 0.0], [0.0, 1e-9, 0.0]])
+    assert float(relative(zeros, zeros)) == 0.0
+    assert math.isinf(float(relative(one, zeros)))
+    assert float(relative(2 * one, one)) == pytest.approx(3**0.5)
+    assert math.isnan(float(relative(torch.full((2, 3), math.nan), zeros)))
+
+
 def test_the_check_is_small_dense_and_sees_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     one = case(models=11)
     small = check_case(one)

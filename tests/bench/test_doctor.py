@@ -11,7 +11,7 @@ import torch
 
 from moesaic import kernels
 from moesaic.bench import environment
-from moesaic.bench.doctor import TORCH_OPS, diagnose, energy_meters, op_backends
+from moesaic.bench.doctor import ROUTING_OPS, TORCH_OPS, diagnose, energy_meters, op_backends
 
 
 def test_the_diagnosis_describes_this_machine() -> None:
@@ -33,15 +33,17 @@ def test_the_diagnosis_describes_this_machine() -> None:
 
 
 def test_every_op_it_names_exists() -> None:
-    assert [op for op in TORCH_OPS if not callable(getattr(kernels, op, None))] == []
-    assert [op.op for op in op_backends("cpu")] == [*TORCH_OPS, "train_ensemble"]
+    named = [*ROUTING_OPS, *TORCH_OPS, "train_ensemble"]
+    assert [op for op in named if not callable(getattr(kernels, op, None))] == []
+    assert [op.op for op in op_backends("cpu")] == named
 
 
 def test_the_implementation_follows_device_and_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MOESAIC_BACKEND", raising=False)
-    assert op_backends("cpu")[-1].runs == "numba"
-    assert op_backends("cuda")[-1].runs == "triton"
+    assert [op.runs for op in op_backends("cpu")] == ["numba", "numba", "torch", "torch", "numba"]
+    assert [op.runs for op in op_backends("cuda")] == ["triton", "triton", "torch", "torch", "triton"]
     monkeypatch.setitem(sys.modules, "numba", None)
+    assert op_backends("cpu")[0].runs == "torch"
     missing = op_backends("cpu")[-1]
     assert (missing.runs, "Numba is missing" in missing.why) == ("none", True)
 

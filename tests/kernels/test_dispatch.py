@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moesaic.kernels import reference
-from moesaic.kernels.dispatch import Grouping, _permute_rows, combine, group_by_expert
+from moesaic.kernels.dispatch import Grouping, _permute_rows, combine, group_by_expert, tile_map
 
 
 def as_lists(grouping: Grouping) -> tuple[object, ...]:
@@ -119,3 +119,39 @@ def test_bad_arguments_are_named() -> None:
 def test_opcheck() -> None:
     order = torch.tensor([2, 0, 1])
     torch.library.opcheck(_permute_rows, (torch.randn(3, 2, requires_grad=True), order, order.argsort()))
+
+
+def test_numba_and_pytorch_group_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    for n_experts, n_slots in ((1, 0), (7, 1000), (5000, 300), (1_000_000, 999)):
+        ids = torch.randint(-2, n_experts + 3, (n_slots,), generator=torch.Generator().manual_seed(1))
+        with monkeypatch.context() as patch:
+            patch.setattr("moesaic.kernels.dispatch.find_spec", lambda name: None)
+            plain = group_by_expert(ids, n_experts)
+        ours = group_by_expert(ids, n_experts)
+        assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+@settings(max_examples=100, deadline=None)
+@given(n_experts=st.integers(1, 20), block=st.integers(1, 9), data=st.data())
+def test_tiles_cover_each_row_once_and_no_two_experts(n_experts: int, block: int, data: st.DataObject) -> None:
+    flat = data.draw(st.lists(st.integers(-1, n_experts), max_size=60))
+    grouping = group_by_expert(torch.tensor(flat, dtype=torch.int64), n_experts)
+    expert, first_row, n_tiles = tile_map(grouping, block)
+    assert expert.shape == first_row.shape == (-(-len(flat) // block) + min(n_experts, len(flat)),)
+    assert int(n_tiles) <= len(expert)
+    covered = []
+    for e, first in zip(expert[: int(n_tiles)].tolist(), first_row[: int(n_tiles)].tolist(), strict=True):
+        end = min(first + block, int(grouping.offsets[e + 1]))
+        assert int(grouping.offsets[e]) <= first < end
+        covered += list(range(first, end))
+    assert covered == list(range(int(grouping.offsets[-1])))
+    assert (expert[int(n_tiles) :] == n_experts).all()
+    assert (first_row[int(n_tiles) :] == grouping.offsets[-1]).all()
+
+
+def test_tile_map_refuses_and_stays_on_the_device() -> None:
+    with pytest.raises(ValueError, match="block must be at least 1, got 0"):
+        tile_map(group_by_expert(torch.zeros(2, dtype=torch.int64), 3), 0)
+    grouping = group_by_expert(torch.empty(7, 3, dtype=torch.int64, device="meta"), 5)
+    assert tile_map(grouping, 4).expert.shape == (6 + 5,)
+    torch.library.opcheck(torch.ops.moesaic.group_by_expert.default, (torch.tensor([1, 0, 5, -1]), 3))

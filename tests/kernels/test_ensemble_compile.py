@@ -5,13 +5,8 @@ from dataclasses import replace
 import pytest
 
 from moesaic.kernels import EnsembleShape
-from moesaic.kernels.ensemble_compile import (
-    CompileReport,
-    compile_ahead,
-    compile_report,
-    disassemble,
-    issue_limited_seconds,
-)
+from moesaic.kernels.ahead_of_time import compile_ahead, disassemble
+from moesaic.kernels.ensemble_compile import CompileReport, compile_report, issue_limited_seconds
 from moesaic.kernels.ensemble_registers import _train_kernel, signature_and_constants
 
 PANELS = [(2, 1, 1), (2, 1, 2), (3, 1, 1), (3, 1, 2), (3, 1, 3), (3, 2, 1), (3, 2, 2), (3, 2, 3)]

@@ -32,8 +32,9 @@ from moesaic.kernels import (
     sample_features,
     train_ensemble,
 )
+from moesaic.kernels.ahead_of_time import compile_ahead
 from moesaic.kernels.ensemble import GATES, executed_samples
-from moesaic.kernels.ensemble_compile import compile_ahead, compile_report
+from moesaic.kernels.ensemble_compile import compile_report
 from moesaic.kernels.ensemble_memory_features import draw_features
 from moesaic.kernels.features import ANTICORRELATED, CLUSTERED, CORRELATED, EXACTLY_K, INDEPENDENT
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.kernels import routing_op, routing_triton
-from moesaic.kernels.ensemble_compile import compile_ahead, disassemble
+from moesaic.kernels import routing_op, routing_triton, routing_wide_triton
+from moesaic.kernels.ahead_of_time import compile_ahead, disassemble
 from moesaic.kernels.routing_options import RoutingOptions, checked_options
 
 GROUPS: tuple[dict[str, Any], ...] = (
@@ -52,7 +52,7 @@ def options(
 def differences(logits: Tensor, bias: Tensor | None, chosen: RoutingOptions) -> list[str]:
     """Route forward and backward with both, and say what differs."""
     n_rows, n_experts = logits.shape
-    ours, theirs = routing_triton.route(logits, bias, chosen), routing_op._on_cpu(logits, bias, chosen)
+    ours, theirs = routing_triton.route(logits, bias, chosen), routing_op.on_cpu(logits, bias, chosen)
     found = []
     for name, a, b in zip(("weights", "ids", "lse", "counts", "probs"), ours, theirs, strict=True):
         allowed = 0.0 if name in ("ids", "counts") else 3e-6 * max(1, n_rows)
@@ -65,7 +65,7 @@ def differences(logits: Tensor, bias: Tensor | None, chosen: RoutingOptions) -> 
     probs, per_row = (upstream[1], upstream[2]) if chosen.statistics else (None, None)
     a, b = (
         backward(logits, weights, ids, upstream[0], probs, per_row, chosen).double()
-        for backward in (routing_triton.route_backward, routing_op._backward_on_cpu)
+        for backward in (routing_triton.route_backward, routing_op.backward_on_cpu)
     )
     apart = (a - b).abs().nan_to_num(0.0)
     if n_rows and (not torch.equal(a.isnan(), b.isnan()) or float(apart.max()) > TOLERANCE[logits.dtype]):
@@ -98,6 +98,46 @@ def sizes() -> list[str]:
     return found
 
 
+def projected() -> list[str]:
+    found = []
+    for n_experts, top_k, d in ((5, 2, 3), (64, 8, 70), (130, 4, 33)):
+        x, router, bias = draw(19, d), draw(n_experts, d, seed=1), draw(n_experts, seed=2) / 10
+        for chosen, given in (
+            (options(n_experts, top_k, statistics=True), None),
+            (options(n_experts, top_k, bias, scoring="sigmoid", renormalize=True, tie_seed=3), bias),
+        ):
+            ours = routing_triton.route(x, given, chosen, router=router)
+            theirs = routing_op.on_cpu(x @ router.T, given, chosen)
+            for name, a, b in zip(("weights", "ids", "lse", "counts", "probs"), ours, theirs, strict=True):
+                if (chosen.statistics or name in ("weights", "ids")) and not torch.allclose(
+                    a.double(), b.double(), rtol=1e-4, atol=1e-5
+                ):
+                    found.append(f"{n_experts, d}: {name}")
+    return found
+
+
+def wide() -> list[str]:
+    """Rows in several tiles."""
+    routing_wide_triton.BLOCK_E = 32
+    found = []
+    for scoring in ("softmax", "softmax_topk", "sigmoid"):
+        for renormalize, seed, bias in ((False, None, None), (True, 2**40 + 5, None), (True, None, draw(100, seed=4))):
+            logits = draw(6, 100) if seed is None else draw(6, 100).mul(2).round()
+            logits[1, 3], logits[2], logits[2, 7] = -torch.inf, -torch.inf, 1.0
+            logits[4, 60] = torch.nan
+            chosen = options(100, 5, bias, scoring=scoring, renormalize=renormalize, tie_seed=seed)
+            ours = routing_wide_triton.route(logits, bias, chosen, first_row=2)
+            theirs = routing_op.on_cpu(logits, bias, chosen, first_row=2)
+            upstream = draw(6, 5, seed=1)
+            a = routing_wide_triton.route_backward(logits, *theirs[:2], upstream, chosen)
+            b = routing_op.backward_on_cpu(logits, *theirs[:2], upstream, None, None, chosen)
+            pairs = {"weights": (ours[0], theirs[0]), "ids": (ours[1], theirs[1]), "gradient": (a, b)}
+            for name, (mine, other) in pairs.items():
+                if not torch.allclose(mine.double(), other.double(), rtol=1e-5, atol=2e-6, equal_nan=True):
+                    found.append(f"{scoring, renormalize, seed}: {name}")
+    return found
+
+
 def awkward() -> list[str]:
     logits = draw(20, 24)
     logits[3, 5] = torch.nan
@@ -122,8 +162,8 @@ def repeats() -> list[str]:
 
 
 def a_shifted_row_is_seen() -> list[str]:
-    true = routing_op._on_cpu
-    routing_op._on_cpu = lambda logits, *rest: true(logits.roll(1, 0), *rest)
+    true = routing_op.on_cpu
+    routing_op.on_cpu = lambda logits, *rest: true(logits.roll(1, 0), *rest)
     return [] if differences(draw(9, 16), None, options(16, 2)) else ["not seen"]
 
 
@@ -135,7 +175,17 @@ def a_flipped_tie_is_seen() -> list[str]:
 
 PROGRAMS: dict[str, Callable[[], list[str]]] = {
     part.__name__: part
-    for part in (variants, sizes, awkward, many_rows, repeats, a_shifted_row_is_seen, a_flipped_tie_is_seen)
+    for part in (
+        variants,
+        sizes,
+        projected,
+        wide,
+        awkward,
+        many_rows,
+        repeats,
+        a_shifted_row_is_seen,
+        a_flipped_tie_is_seen,
+    )
 }
 
 
@@ -168,14 +218,51 @@ def test_compiles_without_spills(arch: int, n_experts: int, top_k: int, dtype: s
     logits = torch.empty(1, n_experts, dtype=kinds[dtype])
     chosen = options(n_experts, top_k, renormalize=True, statistics=statistics)
     values = routing_triton.constants(logits, chosen, biased=False)
-    pointers = {"Logits": f"*{dtype}", "Bias": f"*{dtype}", "Weights": "*fp32", "Ids": "*i64", "Lse": "*fp32"}
+    pointers = {
+        "Logits": f"*{dtype}",
+        "Router": f"*{dtype}",
+        "Bias": f"*{dtype}",
+        "Weights": "*fp32",
+        "Ids": "*i64",
+        "Lse": "*fp32",
+    }
     pointers |= {"Counts": "*i32", "Probs": "*fp32"}
-    numbers = dict.fromkeys(("n_rows", "per_program", "seed_low", "seed_high"), "i32") | {"scale": "fp32"}
+    numbers = dict.fromkeys(("n_rows", "per_program", "first_row", "seed_low", "seed_high"), "i32") | {"scale": "fp32"}
     signature = pointers | numbers | dict.fromkeys(values, "constexpr")
     usage, code = disassemble(compile_ahead(routing_triton._route_kernel, signature, values, 4, arch))
     assert usage["STACK"] == 0
     assert not [text for _, text in code if "LDL" in text or "STL" in text]
     assert usage["REG"] <= 220
+
+
+@pytest.mark.parametrize("n_experts", [64, 128, 256])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_projection_compiles_without_spills(n_experts: int, dtype: str) -> None:
+    kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    x, router = torch.empty(1, 2048, dtype=kinds[dtype]), torch.empty(n_experts, 2048, dtype=kinds[dtype])
+    chosen = options(n_experts, 8, renormalize=True)
+    values = routing_triton.constants(x, chosen, router=router, biased=False)
+    pointers = dict.fromkeys(("Logits", "Router", "Bias"), f"*{dtype}")
+    pointers |= {"Weights": "*fp32", "Ids": "*i64", "Lse": "*fp32", "Counts": "*i32", "Probs": "*fp32"}
+    numbers = dict.fromkeys(("n_rows", "per_program", "first_row", "seed_low", "seed_high"), "i32") | {"scale": "fp32"}
+    signature = pointers | numbers | dict.fromkeys(values, "constexpr")
+    warps = routing_triton.warps(n_experts, projects=True)
+    usage, code = disassemble(compile_ahead(routing_triton._route_kernel, signature, values, warps, 90))
+    assert usage["STACK"] == 0
+    assert not [text for _, text in code if "LDL" in text or "STL" in text]
+    assert dtype == "fp32" or any("HMMA" in text or "HGMMA" in text for _, text in code)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_wide_rows_compile_without_spills(dtype: str) -> None:
+    values = routing_wide_triton.constants(65536, options(65536, 32, renormalize=True))
+    values |= {"HAS_BIAS": False, "SHUFFLE": False, "MASK": 65535}
+    signature = {"Logits": f"*{dtype}", "Bias": "*fp32", "Weights": "*fp32", "Ids": "*i64"}
+    signature |= dict.fromkeys(("first_row", "seed_low", "seed_high"), "i32") | {"scale": "fp32"}
+    signature |= dict.fromkeys(values, "constexpr")
+    usage, code = disassemble(compile_ahead(routing_wide_triton._route_row_kernel, signature, values, 4, 90))
+    assert usage["STACK"] == 0
+    assert not [text for _, text in code if "LDL" in text or "STL" in text]
 
 
 if __name__ == "__main__":

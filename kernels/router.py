@@ -1,0 +1,341 @@
+"""Router projection and top-k routing as one op that never holds the (T, E) logits.
+
+    l = x Wᵀ,   (w, A) = route_topk(l)
+
+Tokens are taken in blocks. A row of few experts is routed as soon as its logits are there; many experts stream past in
+tiles, and a row keeps its k best keys so far and the running log-sum-exp. The backward pass makes logits again, block
+by block; where only the chosen experts have a gradient (all but softmax over all experts without renormalising, and the
+statistics' losses), on a CPU it touches only those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from moesaic.kernels import routing_op
+from moesaic.kernels._extras import numba_twin
+from moesaic.kernels.dispatch import group_by_expert
+from moesaic.kernels.routing import Routing, RoutingStatistics, route_topk, statistics_of
+from moesaic.kernels.routing_options import SCORINGS, RoutingOptions, checked_options
+
+BLOCK_BYTES, GPU_BLOCK_BYTES = 2**23, 2**28
+"""Logits that exist at once."""
+TILE_EXPERTS = 2048
+"""Experts of a tile; a row of no more does not stream."""
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@overload
+def route(
+    x: Tensor,
+    router_weight: Tensor,
+    top_k: int,
+    *,
+    scoring: str = ...,
+    bias: Tensor | None = ...,
+    n_groups: int | None = ...,
+    top_k_groups: int | None = ...,
+    group_score: str = ...,
+    renormalize: bool = ...,
+    scale: float = ...,
+    tie_seed: int | None = ...,
+    return_statistics: Literal[False] = ...,
+) -> Routing: ...
+
+
+@overload
+def route(
+    x: Tensor,
+    router_weight: Tensor,
+    top_k: int,
+    *,
+    scoring: str = ...,
+    bias: Tensor | None = ...,
+    n_groups: int | None = ...,
+    top_k_groups: int | None = ...,
+    group_score: str = ...,
+    renormalize: bool = ...,
+    scale: float = ...,
+    tie_seed: int | None = ...,
+    return_statistics: Literal[True],
+) -> tuple[Routing, RoutingStatistics]: ...
+
+
+def route(
+    x: Tensor,
+    router_weight: Tensor,
+    top_k: int,
+    *,
+    scoring: str = "softmax",
+    bias: Tensor | None = None,
+    n_groups: int | None = None,
+    top_k_groups: int | None = None,
+    group_score: str = "top2",
+    renormalize: bool = False,
+    scale: float = 1.0,
+    tie_seed: int | None = None,
+    return_statistics: bool = False,
+) -> Routing | tuple[Routing, RoutingStatistics]:
+    """Return `route_topk(x Wᵀ, top_k, …)` without the (T, E) logits; differentiable in `x` and `router_weight`.
+
+    Logits are float32. Beyond inputs and results, memory is a block of logits (on a CPU at most 8 MiB, on a GPU
+    256 MiB, or one token's row) and 8 bytes for each of the T·k choices; 16-bit inputs are copied to float32. On a GPU,
+    up to 256 experts are projected and routed by one kernel, which writes no logits. For float64, without Numba, and on
+    a GPU for groups or statistics of more than 1,024 experts, logits are made whole, and `route_topk` takes them.
+
+    Args:
+        x: (..., d) floating point.
+        router_weight: W, (E, d), of the dtype of `x`.
+        top_k: k, experts per token.
+        scoring: like all that follow, as in `route_topk`.
+        bias: (E,).
+        n_groups: number of groups.
+        top_k_groups: groups taken.
+        group_score: a group's score.
+        renormalize: divide the k weights by their sum.
+        scale: multiplies the weights.
+        tie_seed: of the row's own order among equals.
+        return_statistics: also return `RoutingStatistics`.
+
+    Raises:
+        ValueError: naming the argument, its value and what it takes.
+    """
+    if x.ndim < 1 or not x.is_floating_point():
+        raise ValueError(f"x must be floating point (..., d), got {x.dtype} {tuple(x.shape)}")
+    if router_weight.ndim != 2 or router_weight.shape[1] != x.shape[-1] or router_weight.dtype != x.dtype:
+        raise ValueError(
+            f"router_weight must have shape (E, {x.shape[-1]}) and dtype {x.dtype}, "
+            f"got {tuple(router_weight.shape)} {router_weight.dtype}"
+        )
+    options = checked_options(
+        router_weight.shape[0], top_k, scoring, bias, n_groups, top_k_groups, group_score, renormalize, scale, tie_seed,
+        return_statistics,
+    )  # fmt: skip
+    rows = x.reshape(-1, x.shape[-1])
+    if x.dtype != torch.float64 and routing_op.can_fuse(x.device, router_weight.shape[0], options):
+        weights, ids, lse, counts, prob_sums = _route(rows, router_weight, _detached(bias), *options)
+        statistics = statistics_of(rows.shape[0], top_k, lse, counts, prob_sums)
+    else:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        (weights, ids), statistics = route_topk(
+            F.linear(rows.to(dtype), router_weight.to(dtype)), top_k, scoring=scoring, bias=bias, n_groups=n_groups,
+            top_k_groups=top_k_groups, group_score=group_score, renormalize=renormalize, scale=scale, tie_seed=tie_seed,
+            return_statistics=True,
+        )  # fmt: skip
+    shape = (*x.shape[:-1], top_k)
+    routing = Routing(weights.view(shape), ids.view(shape))
+    return (routing, statistics) if return_statistics else routing
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+@torch.library.custom_op("moesaic::route", mutates_args=())
+def _route(
+    x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, scoring: int, n_groups: int, top_k_groups: int,
+    group_score: int, renormalize: bool, scale: float, tie_seed: int, statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Weights, ids, log-sum-exp, counts and Σ_t softmax of the logits x Wᵀ."""
+    options = RoutingOptions(
+        top_k, scoring, n_groups, top_k_groups, group_score, renormalize, scale, tie_seed, statistics
+    )
+    n_experts, device = weight.shape[0], x.device
+    if device.type == "cuda":
+        from moesaic.kernels import routing_triton
+
+        if n_experts <= routing_triton.MAX_PROJECTED_EXPERTS:
+            with torch.cuda.device_of(x):
+                return routing_triton.route(x.contiguous(), bias, options, router=weight.contiguous())
+    x, weight = x.float().contiguous(), weight.float().contiguous()
+    # What ranks by probabilities or by groups, and sums of probabilities, need a row whole.
+    whole = statistics or n_groups > 0 or (bias is not None and SCORINGS[scoring] == "softmax")
+    if device.type == "cpu" and n_experts > TILE_EXPERTS and not whole:
+        return _streamed(x, weight, bias, options)
+    outputs: _Outputs = (
+        torch.empty(len(x), top_k, device=device),
+        torch.empty(len(x), top_k, dtype=torch.int64, device=device),
+        torch.empty(len(x) if statistics else 0, device=device),
+        torch.zeros(n_experts, dtype=torch.int64, device=device),
+        torch.zeros(n_experts, dtype=torch.float64, device=device),
+    )
+    for block in _blocks(len(x), n_experts, device):
+        found = routing_op.route_rows(x[block] @ weight.T, bias, options, first_row=block.start)
+        for whole_part, part in zip(outputs[: 3 if statistics else 2], found, strict=False):
+            whole_part[block] = part
+        outputs[3].add_(found[3])
+        outputs[4].add_(found[4])
+    return (*outputs[:4], outputs[4].float())
+
+
+@_route.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, *options: Any) -> _Outputs:
+    weights = x.new_empty(x.shape[0], top_k, dtype=torch.float32)
+    counts = x.new_empty(weight.shape[0], dtype=torch.int64)
+    lse = weights.new_empty(x.shape[0] if options[-1] else 0)
+    return weights, x.new_empty(x.shape[0], top_k, dtype=torch.int64), lse, counts, weights.new_empty(weight.shape[0])
+
+
+def _blocks(n_rows: int, n_experts: int, device: torch.device) -> Iterator[slice]:
+    size = max(1, (BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES) // (4 * n_experts))
+    for start in range(0, n_rows, size):
+        yield slice(start, min(start + size, n_rows))
+
+
+def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None, options: RoutingOptions) -> _Outputs:
+    twin, (n_rows, n_experts), k = numba_twin("routing_cpu"), (len(x), len(weight)), options.top_k
+    ids, values = torch.empty(n_rows, k, dtype=torch.int64), torch.empty(n_rows, k)
+    mask, softmax = (1 << (n_experts - 1).bit_length()) - 1, SCORINGS[options.scoring] == "softmax"
+    biases = np.zeros(0, np.float32) if bias is None else bias.float().numpy()
+    best = torch.full((n_rows, k), -(2**63), dtype=torch.int64)
+    tops, totals = torch.full((n_rows,), -torch.inf), torch.zeros(n_rows)
+    nans = torch.zeros(n_rows, dtype=torch.bool)
+    for block in _blocks(n_rows, TILE_EXPERTS, x.device):
+        part = x[block]
+        for first in range(0, n_experts, TILE_EXPERTS):
+            tile = (part @ weight[first : first + TILE_EXPERTS].T).numpy()
+            state = [tensor[block].numpy() for tensor in (best, tops, totals, nans)]
+            given = (
+                tile, first, mask, biases, bias is not None, SCORINGS[options.scoring] == "sigmoid", softmax,
+                options.tie_seed, block.start, *state,
+            )  # fmt: skip
+            _over_rows(partial(_with_rows, twin.stream_rows, given), len(part))
+    arrays = [tensor.numpy() for tensor in (best, nans, ids, values)]
+    twin.finish_rows(0, n_rows, arrays[0], mask, options.tie_seed, *arrays[1:])
+    if bias is not None:
+        _over_rows(partial(_with_rows, twin.chosen_logits, (x.numpy(), weight.numpy(), *arrays[2:])), n_rows)
+    weights = _weigh(values, tops, totals, options).masked_fill_(nans[:, None], torch.nan)
+    return weights, ids, torch.empty(0), torch.zeros(n_experts, dtype=torch.int64), torch.zeros(n_experts)
+
+
+def _with_rows(function: Callable[..., None], given: tuple[Any, ...], begin: int, end: int) -> None:
+    function(begin, end, *given)
+
+
+def _weigh(chosen: Tensor, tops: Tensor, totals: Tensor, options: RoutingOptions) -> Tensor:
+    """Return the gate weights of the chosen logits (T, k)."""
+    scoring, k = SCORINGS[options.scoring], options.top_k
+    if scoring == "softmax_topk":
+        return torch.softmax(chosen, -1) * options.scale
+    scores = torch.sigmoid(chosen) if scoring == "sigmoid" else (chosen - tops[:, None]).exp() / totals[:, None]
+    if options.renormalize:
+        scores = scores * 0 + 1 if k == 1 else scores / (scores.sum(-1, keepdim=True) + 1e-20)
+    return scores * options.scale
+
+
+def _over_rows(part: Callable[[int, int], None], n_rows: int) -> None:
+    """Call ``part`` with ranges of rows, whose results do not depend on where they are cut."""
+    threads = numba_twin("routing_cpu").get_num_threads()
+    size = max(32, -(-n_rows // (4 * threads)))
+    pieces = [(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
+    routing_op.in_parts(lambda number: part(*pieces[number]), len(pieces), threads)
+
+
+@torch.library.custom_op("moesaic::route_backward", mutates_args=())
+def _route_backward(
+    x: Tensor, weight: Tensor, weights: Tensor, ids: Tensor, grad_weights: Tensor, grad_probs: Tensor | None,
+    grad_lse: Tensor | None, scoring: int, renormalize: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dL/dx and dL/dW."""
+    options = RoutingOptions(ids.shape[1], scoring, 0, 0, 0, renormalize, scale, -1, False)
+    rows, matrix, grad_weights = x.float().contiguous(), weight.float().contiguous(), grad_weights.contiguous()
+    if x.device.type != "cpu" or _is_dense(options, grad_probs, grad_lse):
+        grad_x, grad_weight = torch.empty_like(rows), torch.zeros_like(matrix)
+        for block in _blocks(len(rows), len(matrix), x.device):
+            logits = rows[block] @ matrix.T
+            towards = None if grad_lse is None else grad_lse[block].contiguous()
+            grads = routing_op.route_rows_backward(
+                logits, weights[block], ids[block], grad_weights[block], grad_probs, towards, options
+            )
+            torch.mm(grads, matrix, out=grad_x[block])
+            grad_weight.addmm_(grads.T, rows[block])
+    else:
+        grad_x, grad_weight = _sparse_backward(rows, matrix, weights, ids, grad_weights, options)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+
+
+@_route_backward.register_fake
+def _(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(weight, memory_format=torch.contiguous_format),
+    )
+
+
+def _is_dense(options: RoutingOptions, grad_probs: Tensor | None, grad_lse: Tensor | None) -> bool:
+    dense = SCORINGS[options.scoring] == "softmax" and not options.renormalize
+    return dense or grad_probs is not None or grad_lse is not None
+
+
+def _sparse_backward(
+    x: Tensor, weight: Tensor, weights: Tensor, ids: Tensor, grads: Tensor, options: RoutingOptions
+) -> tuple[Tensor, Tensor]:
+    twin, (n_rows, k), n_experts = numba_twin("routing_cpu"), ids.shape, len(weight)
+    chosen, grad_x, grad_weight = torch.empty(n_rows, k), torch.empty_like(x), torch.zeros_like(weight)
+    given, matrix, who = x.numpy(), weight.numpy(), ids.numpy()
+    _over_rows(lambda begin, end: twin.chosen_logits(begin, end, given, matrix, who, chosen.numpy()), n_rows)
+    if options.renormalize and k == 1:
+        inner = torch.zeros_like(chosen)
+    elif SCORINGS[options.scoring] == "sigmoid":
+        s = torch.sigmoid(chosen)
+        inner = grads * options.scale
+        if options.renormalize:
+            inner = (inner - (weights * grads).sum(-1, keepdim=True)) / (s.sum(-1, keepdim=True) + 1e-20)
+        small = (-chosen.abs()).exp()
+        inner = inner * small / (1 + small).square()  # s (1 − s) without the loss of digits near s = 1
+    else:
+        # Renormalised, a softmax over all is one over the chosen.
+        mean = (weights * grads).sum(-1, keepdim=True) / (options.scale or 1.0)
+        inner = weights * (grads - mean)
+    inner = inner.masked_fill(weights.isnan(), torch.nan)
+    _over_rows(lambda begin, end: twin.gather_sum(begin, end, inner.numpy(), matrix, who, grad_x.numpy()), n_rows)
+    grouping = group_by_expert(ids, n_experts)
+    order = [grouping.offsets.numpy(), grouping.permutation.numpy(), k, inner.reshape(-1).numpy(), given]
+    _over_rows(lambda begin, end: twin.outer_sum(begin, end, *order, grad_weight.numpy()), n_experts)
+    return grad_x, grad_weight
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
+    weights, ids = output[:2]
+    ctx.save_for_backward(inputs[0], inputs[1], weights, ids)
+    ctx.options = inputs[4], inputs[8], inputs[9]
+    ctx.mark_non_differentiable(ids, output[3])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_weights: Tensor | None, _ids: None, grad_lse: Tensor | None, _counts: None,
+              grad_probs: Tensor | None) -> tuple[Tensor | None, ...]:  # fmt: skip
+    x, weight, weights, ids = ctx.saved_tensors
+    nothing = (None,) * 10
+    if grad_weights is None and grad_lse is None and grad_probs is None:
+        return (None, None, *nothing)
+    grad_weights = torch.zeros_like(weights) if grad_weights is None else grad_weights
+    grads = _route_backward(x, weight, weights, ids, grad_weights, grad_probs, grad_lse, *ctx.options)
+    return (*grads, *nothing)
+
+
+_route.register_autograd(_backward, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.moesaic.route)
+def _flops(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *args: object, **kwargs: object) -> int:
+    return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
+
+
+@register_flop_formula(torch.ops.moesaic.route_backward)
+def _backward_flops(
+    x_shape: tuple[int, ...], weight_shape: tuple[int, ...], weights_shape: tuple[int, ...], ids_shape: object,
+    grads_shape: object, probs_shape: object, lse_shape: object, scoring: int, renormalize: bool, *args: object,
+    **kwargs: object,
+) -> int:  # fmt: skip
+    """Logits made again, dx and dW, of all experts or of the chosen ones."""
+    dense = (SCORINGS[scoring] == "softmax" and not renormalize) or probs_shape is not None or lse_shape is not None
+    return 6 * x_shape[0] * (weight_shape[0] if dense else weights_shape[1]) * weight_shape[1]
