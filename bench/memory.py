@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ def peak_bytes(work: Callable[[], object], device: str) -> int | None:
     """Most memory that ``work`` held beyond what was held before; None on a CPU whose system does not say.
 
     Called twice, and measured the second time: the first compiles and fills caches. On a CPU it is the process's
-    resident set, so allocators that keep freed memory make it a little too small; on a GPU what PyTorch allocated.
+    resident set, results included; on a GPU what PyTorch allocated.
     """
     work()
     if device == "cuda":
@@ -24,11 +25,13 @@ def peak_bytes(work: Callable[[], object], device: str) -> int | None:
         torch.cuda.synchronize()
         return int(torch.cuda.max_memory_allocated() - before)
     try:
+        # What the allocator keeps of earlier work would hide what this work takes.
+        ctypes.CDLL(None).malloc_trim(0)
         _RESET.write_text("5")
         before = _status("VmRSS")
         work()
         return max(0, _status("VmHWM") - before)
-    except (OSError, KeyError):
+    except (OSError, KeyError, AttributeError):
         return None
 
 

@@ -147,6 +147,7 @@ def train_ensemble(
                 f"{name}: takes a contiguous tensor {size} {dtype} on {device}, "
                 f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
+    _check_values(shape, settings)
     if not 0 <= first_step <= 2**32 - lr.shape[1]:
         raise ValueError(f"first_step={first_step}: takes an integer from 0 to 2**32 - steps")
     args = (shape, settings, state, exp_avg, exp_avg_sq, lr, first_step)
@@ -161,6 +162,24 @@ def train_ensemble(
             return ensemble_registers.launch(*args)
         ensemble_memory.check(shape, settings)
         return ensemble_memory.launch(*args)
+
+
+def _check_values(shape: EnsembleShape, settings: EnsembleSettings) -> None:
+    for name, least in (("n_features", 1), ("n_hidden", 1), ("n_experts", 1), ("batch_size", 1), ("shared_hidden", 0)):
+        if getattr(shape, name) < least:
+            raise ValueError(f"{name}={getattr(shape, name)!r}: takes an integer >= {least}")
+    if not 1 <= shape.top_k <= shape.n_experts:
+        raise ValueError(f"top_k={shape.top_k!r}: takes an integer from 1 to n_experts={shape.n_experts}")
+    if bool(((settings.gate < 0) | (settings.gate >= len(GATES))).any()):
+        raise ValueError(f"gate={settings.gate.tolist()}: takes indices into {GATES}")
+    size = settings.gate.shape
+    for name in ("kind", "size"):
+        tensor = getattr(settings.features, name)
+        if tensor.shape != size or tensor.dtype != torch.int64 or tensor.device != _CPU:
+            raise ValueError(
+                f"features.{name}: takes a tensor {tuple(size)} torch.int64 on cpu, "
+                f"got {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
 
 
 def has_gpu_kernel(shape: EnsembleShape, settings: EnsembleSettings) -> bool:

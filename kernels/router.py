@@ -22,6 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moesaic.kernels import routing_op
 from moesaic.kernels._extras import numba_twin
+from moesaic.kernels._threads import in_parts
 from moesaic.kernels.dispatch import group_by_expert
 from moesaic.kernels.routing import Routing, RoutingStatistics, route_topk, statistics_of
 from moesaic.kernels.routing_options import SCORINGS, RoutingOptions, checked_options
@@ -236,7 +237,7 @@ def _over_rows(part: Callable[[int, int], None], n_rows: int) -> None:
     threads = numba_twin("routing_cpu").get_num_threads()
     size = max(32, -(-n_rows // (4 * threads)))
     pieces = [(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
-    routing_op.in_parts(lambda number: part(*pieces[number]), len(pieces), threads)
+    in_parts(lambda number: part(*pieces[number]), len(pieces), threads)
 
 
 @torch.library.custom_op("moesaic::route_backward", mutates_args=())

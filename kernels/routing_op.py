@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,13 +11,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moesaic.kernels._extras import numba_twin
+from moesaic.kernels._threads import in_parts
 from moesaic.kernels.routing_options import RoutingOptions
 
 MAX_EXPERTS = 1024
 """Experts of a row that a Triton kernel holds at once; longer rows stream, without groups and statistics."""
-_ROWS_PER_PART = 256
-_MOST_PARTS = 32
-"""Parts that keep sums over rows of their own: a constant, so that sums do not depend on the threads."""
+_LEAST_LOGITS, _MOST_PARTS = 2**16, 32
+"""Logits of a part, some 100 µs of work, and parts, which keep sums over their rows: independent of the threads."""
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -135,16 +133,16 @@ def route_op(logits: Tensor, bias: Tensor | None, options: RoutingOptions) -> _O
     return outputs
 
 
-def parts(n_rows: int) -> list[tuple[int, int]]:
-    """Return first and last row + 1 of each part, whose size depends on the number of rows alone."""
-    size = max(_ROWS_PER_PART, -(-n_rows // _MOST_PARTS))
+def parts(n_rows: int, n_experts: int) -> list[tuple[int, int]]:
+    """Return first and last row + 1 of each part; what the parts are depends on the sizes alone."""
+    size = max(_LEAST_LOGITS // n_experts, -(-n_rows // _MOST_PARTS), 1)
     return [(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
 
 
 def on_cpu(logits: Tensor, bias: Tensor | None, options: RoutingOptions, *, first_row: int = 0) -> _Outputs:
     """Route with the CPU twin; the rows' orders among equals are those from number ``first_row`` on."""
     twin = numba_twin("routing_cpu")
-    (n_rows, n_experts), k, pieces = logits.shape, options.top_k, parts(logits.shape[0])
+    (n_rows, n_experts), k, pieces = logits.shape, options.top_k, parts(*logits.shape)
     weights, ids = torch.empty(n_rows, k), torch.empty(n_rows, k, dtype=torch.int64)
     lse = torch.empty(n_rows if options.statistics else 0)
     kept = len(pieces) if options.statistics else 0
@@ -176,7 +174,7 @@ def backward_on_cpu(
     empty = torch.zeros(0)
     towards = [empty if grad is None else grad.float().contiguous() for grad in (grad_probs, grad_lse)]
     arrays = [tensor.numpy() for tensor in (logits.float(), weights, ids, grad_weights, *towards)]
-    pieces = parts(logits.shape[0])
+    pieces = parts(*logits.shape)
 
     def part(number: int) -> None:
         twin.route_rows_backward(
@@ -186,14 +184,3 @@ def backward_on_cpu(
 
     in_parts(part, len(pieces), twin.get_num_threads())
     return out.to(logits.dtype)
-
-
-def in_parts(part: Callable[[int], None], n_parts: int, threads: int) -> None:
-    """Call ``part`` with 0 … n_parts − 1, spread over threads; compiled code holds no lock."""
-    if n_parts <= 1 or threads <= 1:
-        for number in range(n_parts):
-            part(number)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for job in [pool.submit(part, number) for number in range(n_parts)]:
-            job.result()

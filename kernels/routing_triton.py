@@ -320,7 +320,7 @@ def packing(logits: Tensor, options: RoutingOptions, *, biased: bool) -> int:
 
 def tile(n_experts: int, *, light: bool) -> tuple[int, int]:
     """Return rows and experts per tile; ``light``: with 32-bit keys and without sums over rows."""
-    block_e = max(16, triton.next_power_of_2(n_experts))
+    block_e = max(2, triton.next_power_of_2(n_experts))
     return max(1, (_TILE_ELEMENTS if light else _TILE_ELEMENTS // 2) // block_e), block_e
 
 
@@ -374,8 +374,9 @@ def constants(given: Tensor, options: RoutingOptions, *, router: Tensor | None =
     n_experts, d = (given.shape[1], 0) if router is None else (len(router), given.shape[1])
     packed = 0 if d else packing(given, options, biased=biased)
     block_t, block_e = tile(n_experts, light=packed > 0 and not options.statistics)
-    if d:  # tl.dot takes no fewer rows than 16
-        block_t = min(max(block_t, 16), 64)
+    block_t = min(block_t, 256)
+    if d:  # tl.dot takes no fewer rows and columns than 16
+        block_t, block_e = min(max(block_t, 16), 64), max(block_e, 16)
     return {
         "D": d, "BLOCK_D": min(64, max(16, triton.next_power_of_2(max(d, 1)))), "E": n_experts, "K": options.top_k,
         "SCORING": options.scoring, "HAS_BIAS": biased,
@@ -399,6 +400,7 @@ def route_backward(
     n_rows, n_experts = logits.shape
     out = torch.empty_like(logits)
     block_t, block_e = tile(n_experts, light=False)
+    block_t = min(block_t, 256)
     if n_rows:
         _route_backward_kernel[(triton.cdiv(n_rows, block_t),)](
             logits, weights, ids, grad_weights, grad_probs if grad_probs is not None else weights,

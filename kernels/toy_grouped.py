@@ -352,14 +352,17 @@ def train_models(
     out = aligned(n, columns) if not single else x
     load, grad = np.zeros(n_experts, np.float32), np.zeros(thetas.shape[1], np.float32)
     if not routed:
-        probs[:], counts[0], start[1], load[0] = 1.0, batch, (batch + LANES - 1) // LANES * LANES, 1.0
-        weights[0, :batch], w[:batch] = 1.0, 1.0
+        counts[0], start[1], load[0] = batch, (batch + LANES - 1) // LANES * LANES, 1.0
         for b in range(total):
             source[b] = min(b, batch)
             position[0, min(b, columns - 1)] = b
 
     for model in range(thetas.shape[0]):
         theta, gate, scale, importance = thetas[model], gates[model], scales[model], importances[model]
+        # What the last model left would reach this one where its gate writes no weights, or takes no gradient of them.
+        d_w[:] = 0.0
+        if not routed:
+            weights[0, :batch], probs[:] = 1.0, 1.0
         frozen = gate in (RANDOM, ORACLE)
         learned = not frozen and (gate in (SWITCH, SIGMOID, STRAIGHT_THROUGH) or k > 1)
         load_scale = np.float32(0.0 if frozen else load_balances[model] * n_experts / batch)

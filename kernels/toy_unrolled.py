@@ -14,6 +14,7 @@ import inspect
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -34,7 +35,7 @@ def fits(n_features: int, n_hidden: int, n_experts: int, shared_hidden: int, tie
 def unrolled_trainer(n: int, m: int, n_experts: int, k: int, gate: str, balanced: bool) -> Callable[..., None]:
     """Return ``train_models`` compiled for one shape and gate; ``balanced``: with the load-balance term.
 
-    It takes the arguments of `toy_cpu.train_models` after the sizes, for models with independent features.
+    It takes the arguments of `toy_grouped.train_models` after the sizes, for models with independent features.
     """
     from moesaic.kernels import toy_cpu
 
@@ -43,7 +44,7 @@ def unrolled_trainer(n: int, m: int, n_experts: int, k: int, gate: str, balanced
     name = f"toy_{n}_{m}_{n_experts}_{k}_{digest}"
     path = _folder() / f"{name}.py"
     if not path.exists():
-        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     spec = importlib.util.spec_from_file_location(name, path)

@@ -173,6 +173,36 @@ def test_bits_do_not_depend_on_where_memory_lies(shape: EnsembleShape) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, run(shape, settings, state, steps=2), strict=True)), i
 
 
+@pytest.mark.parametrize(
+    "shape", [EnsembleShape(20, 5, 1, 1, 0, True, 32), EnsembleShape(20, 4, 4, 1, 0, True, 32)], ids=str
+)
+def test_models_of_other_gates_and_a_diverged_one_leave_no_trace(shape: EnsembleShape) -> None:
+    names = ("sigmoid", "paper", "straight_through", "random", "sigmoid", "oracle", "switch", "paper") * 4
+    settings, state = make(shape, "paper", models=len(names))
+    one = settings.scale[:1].expand(len(names)).contiguous()
+    settings = dataclasses.replace(settings, gate=torch.tensor([GATES.index(name) for name in names]), scale=one)
+    state[6] = torch.nan
+    state[14, :3] = torch.inf
+    threads = numba.get_num_threads()
+    numba.set_num_threads(1)  # then four models after one another share their arrays
+    try:
+        whole = run(shape, settings, state, steps=3)
+        for i in range(len(names)):
+            table = FeatureTable(
+                *(getattr(settings.features, name)[i : i + 1] for name in ("kind", "probability", "size"))
+            )
+            fields = {
+                f.name: getattr(settings, f.name)[i : i + 1]
+                for f in dataclasses.fields(settings)
+                if f.name != "features"
+            }
+            alone = run(shape, EnsembleSettings(features=table, **fields), state[i : i + 1], steps=3)
+            for a, b in zip(alone, whole, strict=True):
+                assert torch.equal(a[0].nan_to_num(7.0), b[i].nan_to_num(7.0)), names[i]
+    finally:
+        numba.set_num_threads(threads)
+
+
 def test_refuses_before_any_work() -> None:
     shape = SHAPES[0]
     settings, state = make(shape, "paper")
@@ -182,6 +212,13 @@ def test_refuses_before_any_work() -> None:
         run(shape, settings, state.double())
     with pytest.raises(ValueError, match="importance"):
         run(shape, dataclasses.replace(settings, importance=settings.importance[:, :-1]), state)
+    with pytest.raises(ValueError, match="gate="):
+        run(shape, dataclasses.replace(settings, gate=settings.gate - 2), state)
+    with pytest.raises(ValueError, match="top_k=5: takes an integer from 1 to n_experts=1"):
+        run(dataclasses.replace(shape, top_k=5), settings, state)
+    table = dataclasses.replace(settings.features, kind=settings.features.kind.int())
+    with pytest.raises(ValueError, match="features.kind: takes a tensor"):
+        run(shape, dataclasses.replace(settings, features=table), state)
     with pytest.raises(ValueError, match="first_step"):
         run(shape, settings, state, first_step=2**32)
 
