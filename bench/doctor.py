@@ -102,7 +102,10 @@ def op_backends(device: str) -> list[Backend]:
         note = f"; MOESAIC_BACKEND={asked} has no effect: takes {' or '.join(BACKENDS)}"
     numba_here = "numba" not in environment.missing_extras().get("bench", [])
     if device != "cpu":
-        routing = ("triton", f"the device is {device}; rows of more than 1,024 experts PyTorch routes")
+        routing = (
+            "triton",
+            f"the device is {device}; more than 1,024 experts with groups or statistics PyTorch routes",
+        )
         limits = "n > 128, m or E > 32, exactly-k data"
         training = ("triton", f"the device is {device}; what its kernels do not take ({limits}) PyTorch trains")
     elif numba_here:

@@ -65,7 +65,7 @@ def _group(ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
         from moesaic.kernels import dispatch_triton
 
         with torch.cuda.device_of(ids):
-            return dispatch_triton.group(ids, n_experts)
+            return dispatch_triton.group(ids.contiguous(), n_experts)
     if ids.device.type == "cpu" and find_spec("numba") is not None:
         ids = ids.to(torch.int64).contiguous()
         offsets = torch.zeros(n_experts + 2, dtype=torch.int64)

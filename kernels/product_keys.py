@@ -8,9 +8,9 @@ The k best sums lie among the k best of each half (Lample et al. 2019, arXiv:190
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.kernels._autocast import linear
 from moesaic.kernels.routing import Routing, route_topk
 
 
@@ -26,9 +26,10 @@ def route_product_keys(
 ) -> Routing:
     """Pick the k best of the pairs of keys by the sum of their scores, and weigh them.
 
-    The choice is exactly that of `route_topk` on all E sums, ties to the lowest id included. Work per token
-    √E · d + k², memory O(T (√E + k²)). Differentiable in all three tensors. A NaN in a token's scores gives NaN weights
-    and ids 0…k−1.
+    The choice is that of `route_topk` on all E sums, ties to the lowest id included; of halves so different in size
+    that rounding makes unequal sums equal, the better pair wins. Work per token √E · d + k², memory O(T (√E + k²)).
+    Scores are float32, under autocast too. Differentiable in all three tensors. A NaN in a token's scores gives NaN
+    weights and ids 0…k−1.
 
     Args:
         query: (..., d), d even: the halves q¹, q².
@@ -62,7 +63,7 @@ def route_product_keys(
     dtype = torch.promote_types(query.dtype, torch.float32)
     rows = query.reshape(-1, query.shape[-1]).to(dtype)
     (first, a), (second, b) = (
-        _best(F.linear(part, keys.to(dtype)), top_k)
+        _best(linear(part, keys.to(dtype)), top_k)
         for part, keys in ((rows[:, :half], first_keys), (rows[:, half:], second_keys))
     )
     sums = (first[:, :, None] + second[:, None, :]).flatten(1)
@@ -77,4 +78,5 @@ def route_product_keys(
 def _best(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Return the best scores and their ids in order of id, so that candidates, too, lie in order of id."""
     ids = route_topk(scores.detach(), min(top_k, scores.shape[1]), scoring="softmax_topk").ids.sort(-1).values
-    return scores.gather(1, ids), ids
+    # A NaN that is not among the first k would be lost.
+    return scores.gather(1, ids).masked_fill(scores.isnan().any(-1, keepdim=True), torch.nan), ids

@@ -16,15 +16,15 @@ from typing import Any, Literal, overload
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from moesaic.kernels import routing_op
+from moesaic.kernels import routing_eager, routing_op
+from moesaic.kernels._autocast import linear, no_autocast
 from moesaic.kernels._extras import numba_twin
 from moesaic.kernels._threads import in_parts
 from moesaic.kernels.dispatch import group_by_expert
-from moesaic.kernels.routing import Routing, RoutingStatistics, route_topk, statistics_of
+from moesaic.kernels.routing import Routing, RoutingStatistics, statistics_of
 from moesaic.kernels.routing_options import SCORINGS, RoutingOptions, checked_options
 
 BLOCK_BYTES, GPU_BLOCK_BYTES = 2**23, 2**28
@@ -87,10 +87,11 @@ def route(
 ) -> Routing | tuple[Routing, RoutingStatistics]:
     """Return `route_topk(x Wᵀ, top_k, …)` without the (T, E) logits; differentiable in `x` and `router_weight`.
 
-    Logits are float32. Beyond inputs and results, memory is a block of logits (on a CPU at most 8 MiB, on a GPU
-    256 MiB, or one token's row) and 8 bytes for each of the T·k choices; 16-bit inputs are copied to float32. On a GPU,
-    up to 256 experts are projected and routed by one kernel, which writes no logits. For float64, without Numba, and on
-    a GPU for groups or statistics of more than 1,024 experts, logits are made whole, and `route_topk` takes them.
+    Logits are float32, under autocast too. Beyond inputs and results, memory is a block of logits, and in the backward
+    pass one of their gradients, on a CPU at most 8 MiB each, on a GPU 256 MiB, or one token's row; and some 50 bytes
+    for each of the T·k choices. 16-bit inputs are copied to float32. On a GPU, up to 256 experts are projected and
+    routed by one kernel, which writes no logits. For float64, without Numba, and on a GPU for groups or statistics of
+    more than 1,024 experts, logits are made whole.
 
     Args:
         x: (..., d) floating point.
@@ -123,17 +124,16 @@ def route(
     rows = x.reshape(-1, x.shape[-1])
     if x.dtype != torch.float64 and routing_op.can_fuse(x.device, router_weight.shape[0], options):
         weights, ids, lse, counts, prob_sums = _route(rows, router_weight, _detached(bias), *options)
-        statistics = statistics_of(rows.shape[0], top_k, lse, counts, prob_sums)
+        statistics = statistics_of(rows.shape[0], top_k, lse, counts, prob_sums) if return_statistics else None
     else:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        (weights, ids), statistics = route_topk(
-            F.linear(rows.to(dtype), router_weight.to(dtype)), top_k, scoring=scoring, bias=bias, n_groups=n_groups,
-            top_k_groups=top_k_groups, group_score=group_score, renormalize=renormalize, scale=scale, tie_seed=tie_seed,
-            return_statistics=True,
-        )  # fmt: skip
+        logits = linear(rows.to(dtype), router_weight.to(dtype))
+        weights, ids = routing_eager.route(logits, bias, options)
+        sums = routing_eager.statistics(logits, ids, weights) if return_statistics else None
+        statistics = None if sums is None else statistics_of(rows.shape[0], top_k, *sums)
     shape = (*x.shape[:-1], top_k)
     routing = Routing(weights.view(shape), ids.view(shape))
-    return (routing, statistics) if return_statistics else routing
+    return routing if statistics is None else (routing, statistics)
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
@@ -149,6 +149,20 @@ def _route(
     options = RoutingOptions(
         top_k, scoring, n_groups, top_k_groups, group_score, renormalize, scale, tie_seed, statistics
     )
+    with no_autocast(x.device.type):
+        return _routed(x, weight, None if bias is None else bias.contiguous(), options)
+
+
+@_route.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, *options: Any) -> _Outputs:
+    weights = x.new_empty(x.shape[0], top_k, dtype=torch.float32)
+    counts = x.new_empty(weight.shape[0], dtype=torch.int64)
+    lse = weights.new_empty(x.shape[0] if options[-1] else 0)
+    return weights, x.new_empty(x.shape[0], top_k, dtype=torch.int64), lse, counts, weights.new_empty(weight.shape[0])
+
+
+def _routed(x: Tensor, weight: Tensor, bias: Tensor | None, options: RoutingOptions) -> _Outputs:
+    statistics, top_k = options.statistics, options.top_k
     n_experts, device = weight.shape[0], x.device
     if device.type == "cuda":
         from moesaic.kernels import routing_triton
@@ -158,7 +172,7 @@ def _route(
                 return routing_triton.route(x.contiguous(), bias, options, router=weight.contiguous())
     x, weight = x.float().contiguous(), weight.float().contiguous()
     # What ranks by probabilities or by groups, and sums of probabilities, need a row whole.
-    whole = statistics or n_groups > 0 or (bias is not None and SCORINGS[scoring] == "softmax")
+    whole = statistics or options.n_groups > 0 or (bias is not None and SCORINGS[options.scoring] == "softmax")
     if device.type == "cpu" and n_experts > TILE_EXPERTS and not whole:
         return _streamed(x, weight, bias, options)
     outputs: _Outputs = (
@@ -175,14 +189,6 @@ def _route(
         outputs[3].add_(found[3])
         outputs[4].add_(found[4])
     return (*outputs[:4], outputs[4].float())
-
-
-@_route.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, *options: Any) -> _Outputs:
-    weights = x.new_empty(x.shape[0], top_k, dtype=torch.float32)
-    counts = x.new_empty(weight.shape[0], dtype=torch.int64)
-    lse = weights.new_empty(x.shape[0] if options[-1] else 0)
-    return weights, x.new_empty(x.shape[0], top_k, dtype=torch.int64), lse, counts, weights.new_empty(weight.shape[0])
 
 
 def _blocks(n_rows: int, n_experts: int, device: torch.device) -> Iterator[slice]:
@@ -243,32 +249,40 @@ def _over_rows(part: Callable[[int, int], None], n_rows: int) -> None:
 @torch.library.custom_op("moesaic::route_backward", mutates_args=())
 def _route_backward(
     x: Tensor, weight: Tensor, weights: Tensor, ids: Tensor, grad_weights: Tensor, grad_probs: Tensor | None,
-    grad_lse: Tensor | None, scoring: int, renormalize: bool, scale: float,
+    grad_lse: Tensor | None, scoring: int, renormalize: bool, scale: float, for_x: bool, for_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dL/dx and dL/dW."""
+    """dL/dx and dL/dW; what is not wanted is empty."""
     options = RoutingOptions(ids.shape[1], scoring, 0, 0, 0, renormalize, scale, -1, False)
+    with no_autocast(x.device.type):
+        return _gradients(x, weight, weights, ids, grad_weights, grad_probs, grad_lse, options, for_x, for_weight)
+
+
+def _gradients(
+    x: Tensor, weight: Tensor, weights: Tensor, ids: Tensor, grad_weights: Tensor, grad_probs: Tensor | None,
+    grad_lse: Tensor | None, options: RoutingOptions, for_x: bool, for_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows, matrix, grad_weights = x.float().contiguous(), weight.float().contiguous(), grad_weights.contiguous()
     if x.device.type != "cpu" or _is_dense(options, grad_probs, grad_lse):
-        grad_x, grad_weight = torch.empty_like(rows), torch.zeros_like(matrix)
+        grad_x = torch.empty_like(rows) if for_x else rows.new_empty(0)
+        grad_weight = torch.zeros_like(matrix) if for_weight else rows.new_empty(0)
         for block in _blocks(len(rows), len(matrix), x.device):
             logits = rows[block] @ matrix.T
             towards = None if grad_lse is None else grad_lse[block].contiguous()
             grads = routing_op.route_rows_backward(
                 logits, weights[block], ids[block], grad_weights[block], grad_probs, towards, options
             )
-            torch.mm(grads, matrix, out=grad_x[block])
-            grad_weight.addmm_(grads.T, rows[block])
+            if for_x:
+                torch.mm(grads, matrix, out=grad_x[block])
+            if for_weight:
+                grad_weight.addmm_(grads.T, rows[block])
     else:
-        grad_x, grad_weight = _sparse_backward(rows, matrix, weights, ids, grad_weights, options)
+        grad_x, grad_weight = _sparse_backward(rows, matrix, weights, ids, grad_weights, options, for_x, for_weight)
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
 
 
 @_route_backward.register_fake
 def _(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty_like(weight, memory_format=torch.contiguous_format),
-    )
+    return x.new_empty(x.shape if rest[-2] else (0,)), weight.new_empty(weight.shape if rest[-1] else (0,))
 
 
 def _is_dense(options: RoutingOptions, grad_probs: Tensor | None, grad_lse: Tensor | None) -> bool:
@@ -277,10 +291,11 @@ def _is_dense(options: RoutingOptions, grad_probs: Tensor | None, grad_lse: Tens
 
 
 def _sparse_backward(
-    x: Tensor, weight: Tensor, weights: Tensor, ids: Tensor, grads: Tensor, options: RoutingOptions
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, weights: Tensor, ids: Tensor, grads: Tensor, options: RoutingOptions, for_x: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     twin, (n_rows, k), n_experts = numba_twin("routing_cpu"), ids.shape, len(weight)
-    chosen, grad_x, grad_weight = torch.empty(n_rows, k), torch.empty_like(x), torch.zeros_like(weight)
+    chosen, grad_x, grad_weight = torch.empty(n_rows, k), torch.empty(0), torch.empty(0)
     given, matrix, who = x.numpy(), weight.numpy(), ids.numpy()
     _over_rows(lambda begin, end: twin.chosen_logits(begin, end, given, matrix, who, chosen.numpy()), n_rows)
     if options.renormalize and k == 1:
@@ -297,10 +312,14 @@ def _sparse_backward(
         mean = (weights * grads).sum(-1, keepdim=True) / (options.scale or 1.0)
         inner = weights * (grads - mean)
     inner = inner.masked_fill(weights.isnan(), torch.nan)
-    _over_rows(lambda begin, end: twin.gather_sum(begin, end, inner.numpy(), matrix, who, grad_x.numpy()), n_rows)
-    grouping = group_by_expert(ids, n_experts)
-    order = [grouping.offsets.numpy(), grouping.permutation.numpy(), k, inner.reshape(-1).numpy(), given]
-    _over_rows(lambda begin, end: twin.outer_sum(begin, end, *order, grad_weight.numpy()), n_experts)
+    if for_x:
+        grad_x = torch.empty_like(x)
+        _over_rows(partial(_with_rows, twin.gather_sum, (inner.numpy(), matrix, who, grad_x.numpy())), n_rows)
+    if for_weight:
+        grad_weight = torch.zeros_like(weight)
+        grouping = group_by_expert(ids, n_experts)
+        order = grouping.offsets.numpy(), grouping.permutation.numpy(), k, inner.reshape(-1).numpy(), given
+        _over_rows(partial(_with_rows, twin.outer_sum, (*order, grad_weight.numpy())), n_experts)
     return grad_x, grad_weight
 
 
@@ -319,8 +338,9 @@ def _backward(ctx: Any, grad_weights: Tensor | None, _ids: None, grad_lse: Tenso
     if grad_weights is None and grad_lse is None and grad_probs is None:
         return (None, None, *nothing)
     grad_weights = torch.zeros_like(weights) if grad_weights is None else grad_weights
-    grads = _route_backward(x, weight, weights, ids, grad_weights, grad_probs, grad_lse, *ctx.options)
-    return (*grads, *nothing)
+    wanted = ctx.needs_input_grad[:2]
+    grads = _route_backward(x, weight, weights, ids, grad_weights, grad_probs, grad_lse, *ctx.options, *wanted)
+    return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *nothing)
 
 
 _route.register_autograd(_backward, setup_context=_setup)
@@ -337,6 +357,7 @@ def _backward_flops(
     grads_shape: object, probs_shape: object, lse_shape: object, scoring: int, renormalize: bool, *args: object,
     **kwargs: object,
 ) -> int:  # fmt: skip
-    """Logits made again, dx and dW, of all experts or of the chosen ones."""
+    """Logits made again, dx and dW if wanted, of all experts or of the chosen ones."""
+    products = 1 + sum(bool(wanted) for wanted in args[-2:])
     dense = (SCORINGS[scoring] == "softmax" and not renormalize) or probs_shape is not None or lse_shape is not None
-    return 6 * x_shape[0] * (weight_shape[0] if dense else weights_shape[1]) * weight_shape[1]
+    return 2 * products * x_shape[0] * (weight_shape[0] if dense else weights_shape[1]) * weight_shape[1]

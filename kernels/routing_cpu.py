@@ -134,7 +134,7 @@ def _keep_groups(values, keys, n_groups, k_groups, by, group_keys, best):
             v = values[e]
             second = max(second, min(v, top))
             top = max(top, v)
-        score = top + second if by == BY_TOP2 else top
+        score = top + second if by == BY_TOP2 and top < np.inf else top
         group_keys[g] = (np.int64(_ordered(score)) << 32) | (n_groups - 1 - g)
     below = np.int64(2**63 - 1)
     for _ in range(k_groups):
@@ -240,7 +240,7 @@ def route_rows(
         if statistics:
             lse[t] = top + np.log(total)
             for j in range(k):
-                counts[ids[t, j]] += 0 if nan else 1
+                counts[ids[t, j]] += 1 if weights[t, j] == weights[t, j] else 0
             inverse_total = np.float32(1.0) / total
             for e in range(n_experts):
                 prob_sums[e] += np.float64(powers[e] * inverse_total)

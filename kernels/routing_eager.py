@@ -54,7 +54,9 @@ def _pick(values: Tensor, low: Tensor | None, options: RoutingOptions) -> Tensor
         return first_topk(values, options.top_k, low)
     grouped = values.view(*values.shape[:-1], options.n_groups, values.shape[-1] // options.n_groups)
     by_two = GROUP_SCORES[options.group_score - 1] == "top2"
-    scores = grouped.topk(2, dim=-1).values.sum(-1) if by_two else grouped.amax(-1)
+    scores = grouped.amax(-1)
+    if by_two:  # an infinite best is enough, also beside −inf
+        scores = torch.where(scores == torch.inf, scores, grouped.topk(2, dim=-1).values.sum(-1))
     groups = first_topk(scores, options.top_k_groups).sort(-1).values
     size = grouped.shape[-1]
     ids = (groups.unsqueeze(-1) * size + torch.arange(size, device=values.device)).flatten(-2)

@@ -102,6 +102,7 @@ def can_fuse(device: torch.device, n_experts: int, options: RoutingOptions) -> b
 
 def route_rows(logits: Tensor, bias: Tensor | None, options: RoutingOptions, *, first_row: int = 0) -> _Outputs:
     """Route contiguous logits (T, E) by the kernels of their device; ``first_row`` numbers the rows for ties."""
+    bias = None if bias is None else bias.contiguous()
     if logits.device.type == "cpu":
         return on_cpu(logits, bias, options, first_row=first_row)
     from moesaic.kernels import routing_triton, routing_wide_triton
@@ -117,6 +118,8 @@ def route_rows_backward(
     grad_lse: Tensor | None, options: RoutingOptions,
 ) -> Tensor:  # fmt: skip
     """Return dL/dlogits by the kernels of their device."""
+    grad_probs = None if grad_probs is None else grad_probs.float().contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
     if logits.device.type == "cpu":
         return backward_on_cpu(logits, weights, ids, grad_weights, grad_probs, grad_lse, options)
     from moesaic.kernels import routing_triton, routing_wide_triton
@@ -172,7 +175,7 @@ def backward_on_cpu(
     twin = numba_twin("routing_cpu")
     out = torch.empty(logits.shape)
     empty = torch.zeros(0)
-    towards = [empty if grad is None else grad.float().contiguous() for grad in (grad_probs, grad_lse)]
+    towards = [empty if grad is None else grad for grad in (grad_probs, grad_lse)]
     arrays = [tensor.numpy() for tensor in (logits.float(), weights, ids, grad_weights, *towards)]
     pieces = parts(*logits.shape)
 

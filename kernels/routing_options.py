@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -52,13 +53,17 @@ def checked_options(
     """Return the options, or raise ValueError naming the argument, its value and what it takes."""
     if not 1 <= n_experts < 2**31:
         raise ValueError(f"logits must have 1 to 2^31 - 1 experts in the last dimension, got {n_experts}")
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise ValueError(f"top_k must be an integer, got {top_k!r}")
     if not 1 <= top_k <= n_experts:
         raise ValueError(f"top_k must be between 1 and n_experts = {n_experts}, got {top_k}")
     if scoring not in SCORINGS:
         raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
     if bias is not None and bias.shape != (n_experts,):
         raise ValueError(f"bias must have shape ({n_experts},), got {tuple(bias.shape)}")
-    if tie_seed is not None and not 0 <= tie_seed < 2**63:
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    if tie_seed is not None and not (isinstance(tie_seed, int) and 0 <= tie_seed < 2**63):
         raise ValueError(f"tie_seed must be None or an integer from 0 to 2^63 - 1, got {tie_seed!r}")
     if (n_groups is None) != (top_k_groups is None):
         raise ValueError(f"n_groups and top_k_groups go together, got n_groups={n_groups}, top_k_groups={top_k_groups}")

@@ -1,9 +1,9 @@
-"""Fused top-k routing in Triton: a tile of rows per step while a row fits into one, else a row per program.
+"""Fused top-k routing in Triton, of logits or of tokens and their projection, a tile of whole rows at a time.
 
 A value becomes an integer key: the float's bits in an order-keeping form above, the reversed rank of its id below, so
 that all keys differ and the largest is the definition's first. 16-bit logits that rank by themselves pack into 32 bits,
-all others into 64. The k largest are taken one after the other; over several tiles, only keys that pass the k-th best
-so far are taken. Sums over rows are per program and are added in order outside: no float atomics.
+all others into 64. The k largest are taken one after the other. Sums over rows are per program and are added in order
+outside: no float atomics.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _mask_groups(keys, values, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, LEA
         if BY == _BY_TOP2:
             at = tl.min(tl.where(inside & (member == best[:, None]), tl.arange(0, BLOCK_E)[None, :], BLOCK_E), 1)
             rest = tl.where(tl.arange(0, BLOCK_E)[None, :] == at[:, None], float("-inf"), member)
-            best += tl.max(rest, 1)
+            best = tl.where(best == float("inf"), best, best + tl.max(rest, 1))
         score = tl.where(inside, best[:, None], score)
     left = tl.where(group < N_GROUPS, _ordered(score).to(tl.int64) * 65536 + (65535 - group), -(2**62))
     for _ in tl.static_range(K_GROUPS):
@@ -125,7 +125,7 @@ def _mask_groups(keys, values, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, LEA
 
 
 @triton.jit
-def _choose(logits, values, rank, rows, SCORING: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
+def _choose(logits, values, rank, E: tl.constexpr, K: tl.constexpr,
             N_GROUPS: tl.constexpr, K_GROUPS: tl.constexpr, BY: tl.constexpr, BY_SCORE: tl.constexpr,
             PACKED: tl.constexpr, MASK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
             BLOCK_K: tl.constexpr):  # fmt: skip
@@ -225,7 +225,7 @@ def _route_kernel(
         else:
             rank = e[None, :]
         ranks, chosen, picked = _choose(
-            logits, values, rank, rows, SCORING, E, K, N_GROUPS, K_GROUPS, BY, BY_SCORE, PACKED, MASK, BLOCK_T,
+            logits, values, rank, E, K, N_GROUPS, K_GROUPS, BY, BY_SCORE, PACKED, MASK, BLOCK_T,
             BLOCK_E, BLOCK_K,
         )  # fmt: skip
         ids = ranks
@@ -239,7 +239,8 @@ def _route_kernel(
         tl.store(Ids + rows[:, None] * K + j, ids.to(tl.int64), mask=inside)
         if STATISTICS:
             tl.store(Lse + rows, top + tl.log(total), mask=valid)
-            counts += tl.sum(tl.where(picked & there & (nan[:, None] == 0), 1, 0), 0)
+            lost = tl.max(tl.where(weights != weights, 1, 0), 1)
+            counts += tl.sum(tl.where(picked & there & (lost[:, None] == 0), 1, 0), 0)
             probs_sum += tl.sum(tl.where(valid[:, None], probs / total[:, None], 0.0), 0)
     if STATISTICS:
         program = tl.program_id(0).to(tl.int64)

@@ -145,11 +145,6 @@ def _route_row_backward_kernel(
     tl.store(Out + ids, part, mask=(j < K) & (nan == 0))
 
 
-def fits(options: RoutingOptions) -> bool:
-    """Return whether `route` takes these options: no groups and no sums over rows."""
-    return not options.n_groups and not options.statistics
-
-
 def route(
     logits: Tensor, bias: Tensor | None, options: RoutingOptions, *, first_row: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

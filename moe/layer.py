@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.kernels._autocast import linear
 from moesaic.kernels.balancing import drop_over_capacity, update_selection_bias
 from moesaic.kernels.dispatch import group_by_expert
 from moesaic.kernels.expert_mlp import ACTIVATIONS, GATED, activate, expert_mlp
@@ -179,10 +180,7 @@ class MoE(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        if not torch.amp.is_autocast_available(x.device.type):
-            return F.linear(x.to(dtype), self.router.to(dtype))
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.router.to(dtype))
+        return linear(x.to(dtype), self.router.to(dtype))
 
     def _record(self, logits: Tensor, routing: Routing, kept: Tensor) -> LayerRouting:
         grouping = group_by_expert(kept, self.n_experts)

@@ -44,6 +44,10 @@ def test_capacity_keeps_the_first_choices() -> None:
     kept, dropped = drop_over_capacity(ids, 5, 1.0)  # ⌈10 / 5⌉ = 2 each
     assert kept.tolist() == [[0, 1], [0, 2], [5, 1], [-1, 5], [5, 2]]
     assert dropped.tolist() == [2, 0, 0, 0, 0]
+    small = drop_over_capacity(ids.to(torch.int8), 5, 1.0)
+    assert torch.equal(small.ids, kept)
+    # ⌈1.1 · 100 / 10⌉ is 11, though 1.1 · 100 is more than 110 in floating point.
+    assert int(drop_over_capacity(torch.zeros(100, 1).long(), 10, 1.1).n_dropped[0]) == 89
     kept, dropped = drop_over_capacity(ids, 5, 10.0)
     assert torch.equal(kept, ids)
     assert not dropped.any()

@@ -39,6 +39,12 @@ def many_tiles() -> list[str]:
     return differences(9, 16 * 70 + 3) + differences(3000, 16 * 66)
 
 
+def strided() -> list[str]:
+    ids = torch.randint(0, 9, (40, 3), generator=torch.Generator().manual_seed(0))[:, 0]
+    pairs = zip(dispatch_triton.group(ids.contiguous(), 9), _group(ids, 9), strict=True)
+    return [] if all(torch.equal(ours, theirs) for ours, theirs in pairs) else ["strided ids"]
+
+
 def a_lost_stability_is_seen() -> list[str]:
     true = dispatch_triton.group
 
@@ -52,7 +58,7 @@ def a_lost_stability_is_seen() -> list[str]:
 
 
 PROGRAMS: dict[str, Callable[[], list[str]]] = {
-    part.__name__: part for part in (sizes, many_tiles, a_lost_stability_is_seen)
+    part.__name__: part for part in (sizes, many_tiles, strided, a_lost_stability_is_seen)
 }
 
 

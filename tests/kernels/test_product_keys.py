@@ -57,6 +57,23 @@ def test_a_nan_poisons_its_token_and_no_other() -> None:
     assert torch.equal(ids[[0, 2, 3]], clean.ids[[0, 2, 3]])
 
 
+def test_a_nan_among_the_worst_keys_is_not_lost() -> None:
+    query, first, second = (part.float() for part in make(4, 50, 50, 6))
+    first[40, 0] = torch.nan
+    weights, ids = route_product_keys(query, first, second, 3)
+    assert weights.isnan().all()
+    assert ids.tolist() == [[0, 1, 2]] * 4
+
+
+def test_scores_are_float32_under_autocast() -> None:
+    query, first, second = (part.float() for part in make(30, 20, 20, 6))
+    plain = route_product_keys(query, first, second, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = route_product_keys(query, first, second, 3)
+    assert torch.equal(cast.ids, plain.ids)
+    assert torch.equal(cast.weights, plain.weights)
+
+
 def test_bad_arguments_are_named() -> None:
     query, first, second = make(2, 3, 4, 6)
     with pytest.raises(ValueError, match="query must be floating point"):

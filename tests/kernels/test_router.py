@@ -119,6 +119,34 @@ def test_many_experts_never_make_the_logits() -> None:
     assert torch.equal(routing.ids, expected.ids)
 
 
+@pytest.mark.parametrize("options", [{}, {"renormalize": True}], ids=str)
+def test_each_gradient_alone_is_that_of_both(options: dict[str, Any]) -> None:
+    x, weight = draw(9, 4), draw(8, 4, seed=1)
+    found = []
+    for wanted in ((True, True), (True, False), (False, True)):
+        given = [tensor.clone().requires_grad_(want) for tensor, want in zip((x, weight), wanted, strict=True)]
+        route(given[0], given[1], 2, **options).weights.square().sum().backward()
+        found.append([tensor.grad for tensor in given])
+    (both_x, both_weight), (only_x, nothing), (nothing_either, only_weight) = found
+    assert nothing is nothing_either is None
+    for a, b in ((both_x, only_x), (both_weight, only_weight)):
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("tile", [2048, 16])
+def test_autocast_changes_nothing(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router, "TILE_EXPERTS", tile)
+    found = []
+    for enabled in (False, True):
+        x, weight = draw(40, 6).requires_grad_(), draw(50, 6, seed=1).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            weights, ids = route(x, weight, 3)
+            found.append([ids, weights, *torch.autograd.grad(weights.square().sum(), (x, weight))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_leading_dimensions_half_precision_and_no_tokens() -> None:
     x, weight = draw(2, 3, 8).bfloat16().requires_grad_(), draw(6, 8, seed=1).bfloat16().requires_grad_()
     weights, ids = route(x, weight, 2, renormalize=True)

@@ -102,6 +102,23 @@ def test_the_statistics_are_their_definitions() -> None:
     assert (empty.counts.tolist(), float(empty.load_balance_loss), float(empty.z_loss)) == ([0] * 6, 0.0, 0.0)
 
 
+def test_rows_without_weights_count_nowhere() -> None:
+    logits = draw(4, 6)
+    logits[1, 2], logits[2] = torch.inf, -torch.inf
+    for impl in ("fused", "torch"):
+        (weights, _), found = route_topk(logits, 2, return_statistics=True, impl=impl)
+        assert weights.isnan().any(1).tolist() == [False, True, True, False]
+        assert int(found.counts.sum()) == 4
+
+
+@pytest.mark.parametrize("impl", ["fused", "torch"])
+def test_an_infinite_score_makes_its_group_the_first(impl: str) -> None:
+    logits = draw(1, 6)
+    logits[0, 2], logits[0, 3] = torch.inf, -torch.inf
+    options: dict[str, Any] = {"scoring": "softmax_topk", "n_groups": 3, "top_k_groups": 1, "impl": impl}
+    assert route_topk(logits, 2, **options).ids.tolist() == [[2, 3]]
+
+
 @pytest.mark.parametrize("impl", ["fused", "torch"])
 def test_ties_can_be_broken_by_row(impl: str) -> None:
     level = torch.zeros(4000, 24)
@@ -291,6 +308,9 @@ def test_load_balance_loss() -> None:
         ),
         ("'top2' takes groups of at least 2 experts", lambda x: route_topk(x, 1, n_groups=4, top_k_groups=1)),
         ("tie_seed must be None or an integer from 0", lambda x: route_topk(x, 1, tie_seed=-1)),
+        ("tie_seed must be None or an integer from 0", lambda x: route_topk(x, 1, tie_seed=1.5)),  # type: ignore[call-overload]
+        ("top_k must be an integer, got 1.0", lambda x: route_topk(x, 1.0)),  # type: ignore[call-overload]
+        ("scale must be a finite number, got nan", lambda x: route_topk(x, 1, scale=float("nan"))),
         ("impl must be one of auto, fused, torch, got 'cuda'", lambda x: route_topk(x, 1, impl="cuda")),
         (
             "impl='fused' takes logits of at most 32 bits, .* got torch.float64",
