@@ -36,14 +36,15 @@ LARGE, WIDTH = (65536, 32), 64
 ROUNDS, LEAST_S = 7, 0.2
 QUICK_ROUNDS, QUICK_LEAST_S = 3, 0.05
 COPY_BYTES, ROTATED_BYTES = 2**28, 2**27
-AGREEMENT = 1e-4
+AGREEMENT, EXCEPTIONS = 1e-4, 1e-3
 HEADER = ("T, E, k", "pass", "side", "ms", "GB/s", "of the limit", "ratio")
 NOTES = (
     "ms: median of the rounds [fastest-slowest]. GB/s: logits read once, weights and ids written once (and, for the "
     "gradient, logits and their gradients' rows moved once more), over the time; of the limit: that over a copy's.",
     f"ratio: time of {PEER} over {OURS}'s, of the medians [lowest-highest within one round].",
     "On a CPU torch is timed with all threads and, without a projection, with one, and the faster counts.",
-    f"Only peers are timed whose weights and gradients differ from {OURS}'s by at most {AGREEMENT:g} of their RMS.",
+    f"Only peers are timed whose weights and gradients differ from {OURS}'s by at most {AGREEMENT:g} of their RMS, but "
+    f"for {EXCEPTIONS:g} of them: PyTorch ranks probabilities, which tie where logits do not, and may choose another.",
     "Repetitions take turns on copies of their inputs, 128 MiB in all where they fit, more than a cache holds.",
 )
 
@@ -150,11 +151,10 @@ def _sides(case: Case, device: str, *, backward: bool) -> dict[str, Callable[[],
         given.append(draw(case.n_experts, case.width) / case.width**0.5)
     copies = 1 if case.width else max(1, min(64, ROTATED_BYTES // case.logits_bytes))
     turns = [[tensor.clone().requires_grad_(backward) for tensor in given] for _ in range(copies)]
-    upstream = draw(case.n_tokens, case.top_k)
     taken: dict[str, Iterator[list[Tensor]]] = {name: cycle(turns) for name in (OURS, PEER)}
 
     def finish(given: list[Tensor], weights: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        return (weights.detach(), *rest, *(torch.autograd.grad(weights, given, upstream) if backward else ()))
+        return (weights.detach(), *rest, *(torch.autograd.grad(weights, given, weights.detach()) if backward else ()))
 
     def ours() -> tuple[Tensor, ...]:
         take: Any = route if case.width else route_topk
@@ -189,7 +189,8 @@ def measure(case: Case, options: Options, *, backward: bool) -> Measured:
         a, b = (sides[name]() for name in (OURS, PEER))
         gradients = (2 if case.width else 1) if backward else 0
         compared = [(a[0], b[0]), *zip(a[len(a) - gradients :], b[len(b) - gradients :], strict=True)]
-        if not all(float((x - y).abs().max()) <= AGREEMENT * float(y.square().mean().sqrt()) for x, y in compared):
+        apart = [float(((x - y).abs() > AGREEMENT * y.square().mean().sqrt()).float().mean()) for x, y in compared]
+        if not max(apart) <= EXCEPTIONS:
             not_run[PEER] = "disagrees on weights or gradients"
             del sides[PEER]
     most = torch.get_num_threads()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 
 
@@ -19,12 +19,22 @@ if hasattr(os, "register_at_fork"):
 
 
 def in_parts(part: Callable[[int], None], n_parts: int, threads: int) -> None:
-    """Call ``part`` with 0 … n_parts − 1, spread over threads that wait for the next call afterwards."""
-    if n_parts <= 1 or threads <= 1:
-        for number in range(n_parts):
+    """Call ``part`` with 0 … n_parts − 1, each thread taking the next; the caller is one of them, the others stay.
+
+    An error ends it when the parts that have begun are done, and is raised.
+    """
+    numbers = iter(range(n_parts))
+
+    def take() -> None:
+        for number in numbers:
             part(number)
-        return
-    jobs = [_pool(threads - 1).submit(part, number) for number in range(1, n_parts)]
-    part(0)
-    for job in jobs:
-        job.result()
+
+    others = [_pool(threads - 1).submit(take) for _ in range(min(threads, n_parts) - 1)]
+    try:
+        take()
+        for job in others:
+            job.result()
+    finally:
+        for _ in numbers:
+            pass
+        wait(others)

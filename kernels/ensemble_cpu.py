@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from moesaic.kernels import toy_unrolled
 from moesaic.kernels._extras import numba_twin
+from moesaic.kernels._threads import in_parts
 from moesaic.kernels.ensemble import GATES, EnsembleSettings, EnsembleShape
 from moesaic.kernels.features import INDEPENDENT
 
@@ -44,14 +44,11 @@ def launch(
         trainer(*sizes, *(array[models] for array in arrays), first_step, *(array[models] for array in outputs))
 
     # Compiled code holds no lock; Numba's own parallel loops would double the compilation.
-    with ThreadPoolExecutor(threads) as pool:
-        jobs = []
-        for trainer, sizes, first, last in _trainers(shape, settings, twin.train_models):
-            part = -(-(last - first) // (_PARTS_PER_THREAD * threads))
-            for at in range(first, last, part):
-                jobs.append(pool.submit(train, trainer, sizes, slice(at, min(last, at + part))))
-        for job in jobs:
-            job.result()
+    jobs = []
+    for trainer, sizes, first, last in _trainers(shape, settings, twin.train_models):
+        part = -(-(last - first) // (_PARTS_PER_THREAD * threads))
+        jobs += [(trainer, sizes, slice(at, min(last, at + part))) for at in range(first, last, part)]
+    in_parts(lambda number: train(*jobs[number]), len(jobs), threads)
     return losses, load_losses
 
 

@@ -6,13 +6,13 @@ are sums over the samples, from which losses, usage of the experts and represent
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moesaic.kernels._extras import numba_twin
+from moesaic.kernels._threads import in_parts
 from moesaic.kernels.ensemble import EnsembleShape
 
 _CHUNK = 256  # samples whose temporaries of a small model fit into the first-level cache
@@ -109,9 +109,7 @@ def evaluate_ensemble(
 
     threads = max(1, min(s, twin.get_num_threads()))
     block = max(1, -(-s // (threads * _BLOCKS_PER_THREAD)))
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(evaluate, i, min(i + block, s)) for i in range(0, s, block)]:
-            done.result()
+    in_parts(lambda i: evaluate(i * block, min((i + 1) * block, s)), -(-s // block), threads)
     return found
 
 

@@ -97,5 +97,13 @@ def test_compiles_without_spills(arch: int) -> None:
             assert not [text for _, text in code if "LDL" in text or "STL" in text]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_experts", [1, 128, 2047, 2048, 1_000_000])
+def test_cuda_equals_the_cpu(n_experts: int) -> None:
+    ids = torch.randint(-1, n_experts + 1, (50_000, 8), generator=torch.Generator().manual_seed(0))
+    ours = dispatch_triton.group(ids.flatten().cuda(), n_experts)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, _group(ids.flatten(), n_experts), strict=True))
+
+
 if __name__ == "__main__":
     print("\n".join(PROGRAMS[sys.argv[1]]()), end="")

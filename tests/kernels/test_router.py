@@ -74,6 +74,18 @@ def test_it_is_route_topk_of_the_projection(
         assert scaled_error(a, b) < 2e-5
 
 
+@pytest.mark.parametrize("options", [{"scoring": "sigmoid"}, {"renormalize": True, "tie_seed": 4}], ids=str)
+def test_a_million_experts(options: dict[str, Any]) -> None:
+    x, weight = draw(3, 4).requires_grad_(), draw(1_000_000, 4, seed=1).requires_grad_()
+    weights, ids = route(x, weight, 16, **options)
+    expected = route_topk((x @ weight.T).detach(), 16, **options)
+    assert torch.equal(ids, expected.ids)
+    torch.testing.assert_close(weights, expected.weights, rtol=1e-5, atol=1e-7)
+    grad_x, grad_weight = torch.autograd.grad(weights.square().sum(), (x, weight))
+    assert int((grad_weight != 0).any(1).sum()) == len(ids.unique())
+    assert float(grad_x.abs().max()) > 0
+
+
 def test_the_tolerance_can_fail() -> None:
     x, weight = draw(57, 12), draw(200, 12, seed=1)
     ours, _ = both(x, weight, 7, True)

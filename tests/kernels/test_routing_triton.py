@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.kernels import routing_op, routing_triton, routing_wide_triton
+from moesaic.kernels import group_by_expert, route, route_topk, routing_op, routing_triton, routing_wide_triton
 from moesaic.kernels.ahead_of_time import compile_ahead, disassemble
 from moesaic.kernels.routing_options import RoutingOptions, checked_options
 
@@ -263,6 +263,53 @@ def test_wide_rows_compile_without_spills(dtype: str) -> None:
     usage, code = disassemble(compile_ahead(routing_wide_triton._route_row_kernel, signature, values, 4, 90))
     assert usage["STACK"] == 0
     assert not [text for _, text in code if "LDL" in text or "STL" in text]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n_experts", "top_k"), [(8, 2), (128, 8), (1000, 13), (5000, 32)])
+def test_cuda_equals_the_cpu(n_experts: int, top_k: int, dtype: torch.dtype) -> None:
+    logits, upstream = draw(1000, n_experts).to(dtype), draw(1000, top_k, seed=1)
+    found = []
+    for device in ("cpu", "cuda"):
+        given = logits.to(device).requires_grad_()
+        weights, ids = route_topk(given, top_k, tie_seed=5)
+        (grad,) = torch.autograd.grad(weights, given, upstream.to(device))
+        found.append((ids.cpu(), weights.detach().cpu(), grad.cpu().float()))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=3e-6, atol=1e-7)
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n_experts", "d"), [(64, 128), (256, 200), (700, 64), (3000, 64)])
+def test_the_projection_on_cuda_equals_the_cpu(n_experts: int, d: int) -> None:
+    x, weight = draw(300, d), draw(n_experts, d, seed=1) / d**0.5
+    found = []
+    for device in ("cpu", "cuda"):
+        given = [tensor.to(device).requires_grad_() for tensor in (x, weight)]
+        weights, _ = route(given[0], given[1], 4, renormalize=True)
+        grads = torch.autograd.grad(weights, given, draw(300, 4, seed=2).to(device))
+        found.append([tensor.detach().cpu() for tensor in (weights, *grads)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_routing_is_captured_by_a_cuda_graph() -> None:
+    logits = draw(512, 64).cuda()
+
+    def work() -> tuple[Tensor, Tensor, Tensor]:
+        weights, ids = route_topk(logits, 4)
+        return weights, ids, group_by_expert(ids, 64).permutation
+
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = work()
+    logits.copy_(draw(512, 64, seed=9))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, work(), strict=True))
 
 
 if __name__ == "__main__":
