@@ -199,7 +199,7 @@ def _blocks(n_rows: int, n_experts: int, device: torch.device) -> Iterator[slice
 
 def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None, options: RoutingOptions) -> _Outputs:
     twin, (n_rows, n_experts), k = numba_twin("routing_cpu"), (len(x), len(weight)), options.top_k
-    ids, values = torch.empty(n_rows, k, dtype=torch.int64), torch.empty(n_rows, k)
+    values = torch.empty(n_rows, k)
     mask, softmax = (1 << (n_experts - 1).bit_length()) - 1, SCORINGS[options.scoring] == "softmax"
     biases = np.zeros(0, np.float32) if bias is None else bias.float().numpy()
     best = torch.full((n_rows, k), -(2**63), dtype=torch.int64)
@@ -215,12 +215,12 @@ def _streamed(x: Tensor, weight: Tensor, bias: Tensor | None, options: RoutingOp
                 options.tie_seed, block.start, *state,
             )  # fmt: skip
             _over_rows(partial(_with_rows, twin.stream_rows, given), len(part))
-    arrays = [tensor.numpy() for tensor in (best, nans, ids, values)]
-    twin.finish_rows(0, n_rows, arrays[0], mask, options.tie_seed, *arrays[1:])
+    ids, chosen = best.numpy(), values.numpy()  # an id takes the place of its key
+    twin.finish_rows(0, n_rows, ids, mask, options.tie_seed, nans.numpy(), ids, chosen)
     if bias is not None:
-        _over_rows(partial(_with_rows, twin.chosen_logits, (x.numpy(), weight.numpy(), *arrays[2:])), n_rows)
+        _over_rows(partial(_with_rows, twin.chosen_logits, (x.numpy(), weight.numpy(), ids, chosen)), n_rows)
     weights = _weigh(values, tops, totals, options).masked_fill_(nans[:, None], torch.nan)
-    return weights, ids, torch.empty(0), torch.zeros(n_experts, dtype=torch.int64), torch.zeros(n_experts)
+    return weights, best, torch.empty(0), torch.zeros(n_experts, dtype=torch.int64), torch.zeros(n_experts)
 
 
 def _with_rows(function: Callable[..., None], given: tuple[Any, ...], begin: int, end: int) -> None:
@@ -228,14 +228,16 @@ def _with_rows(function: Callable[..., None], given: tuple[Any, ...], begin: int
 
 
 def _weigh(chosen: Tensor, tops: Tensor, totals: Tensor, options: RoutingOptions) -> Tensor:
-    """Return the gate weights of the chosen logits (T, k)."""
-    scoring, k = SCORINGS[options.scoring], options.top_k
+    """Turn the chosen logits (T, k) into gate weights, in place."""
+    scoring = SCORINGS[options.scoring]
     if scoring == "softmax_topk":
-        return torch.softmax(chosen, -1) * options.scale
-    scores = torch.sigmoid(chosen) if scoring == "sigmoid" else (chosen - tops[:, None]).exp() / totals[:, None]
-    if options.renormalize:
-        scores = scores * 0 + 1 if k == 1 else scores / (scores.sum(-1, keepdim=True) + 1e-20)
-    return scores * options.scale
+        return torch.softmax(chosen, -1).mul_(options.scale)
+    scores = chosen.sigmoid_() if scoring == "sigmoid" else chosen.sub_(tops[:, None]).exp_().div_(totals[:, None])
+    if options.renormalize and options.top_k == 1:
+        scores.mul_(0).add_(1)
+    elif options.renormalize:
+        scores.div_(scores.sum(-1, keepdim=True) + 1e-20)
+    return scores.mul_(options.scale)
 
 
 def _over_rows(part: Callable[[int, int], None], n_rows: int) -> None:
