@@ -13,7 +13,8 @@ def peak_bytes(work: Callable[[], object], device: str) -> int | None:
     """Most memory that ``work`` held beyond what was held before; None on a CPU whose system does not say.
 
     Called twice, and measured the second time: the first compiles and fills caches. On a CPU it is the process's
-    resident set, results included; on a GPU what PyTorch allocated.
+    resident set, results included, and an upper bound: of blocks below 32 MiB the allocator may keep some that were
+    freed. On a GPU it is what PyTorch allocated.
     """
     work()
     if device == "cuda":

@@ -300,13 +300,17 @@ def test_nothing_at_the_root_shadows_the_tests() -> None:
 
 def test_examples_of_the_readme_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text()
-    toy, layer = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    toy, routing, layer = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(toy.splitlines()) <= 10
     short = toy.replace("steps=2_000", "steps=100")
     assert short != toy
     exec(short, {})
     assert len(capsys.readouterr().out.splitlines()) == 2
     names: dict[str, Any] = {}
+    exec(routing, names)
+    assert names["weights"].shape == names["ids"].shape == (4096, 8)
+    assert int(names["grouping"].counts.sum()) == int(names["statistics"].counts.sum()) == 4096 * 8
+    names = {}
     exec(layer, names)
     assert names["y"].shape == (4, 128, 512)
     [spec] = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
