@@ -10,7 +10,7 @@ import torch
 
 from moesaic.bench.kernel_bench import Table
 from moesaic.bench.plan import Row
-from moesaic.kernels.routing_options import RoutingOptions, checked_options
+from moesaic.kernels.routing_options import checked_options
 
 ARCH, WARPS, WARP = 90, 4, 32
 MULTIPROCESSORS, ISSUE_SLOTS, CLOCK_HZ, BYTES_PER_S = 132, 4, 1.98e9, 4.8e12
@@ -80,9 +80,7 @@ def _limit(n_experts: int, top_k: int, dtype: torch.dtype) -> RoutingLimit:
     from moesaic.kernels import routing_triton
     from moesaic.kernels.ahead_of_time import compile_ahead, disassemble
 
-    options: RoutingOptions = checked_options(
-        n_experts, top_k, "softmax", None, None, None, "top2", True, 1.0, None, False
-    )
+    options = checked_options(n_experts, top_k, renormalize=True)
     logits = torch.empty(1, n_experts, dtype=dtype)
     values = routing_triton.constants(logits, options, biased=False)
     name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]

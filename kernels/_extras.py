@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 from types import ModuleType
 
 
@@ -18,3 +20,11 @@ def numba_twin(name: str) -> ModuleType:
         if error.name != "numba":
             raise
         raise ImportError("the CPU twin of this op needs Numba: pip install 'moesaic[bench]'") from error
+
+
+def source_digest(module: ModuleType) -> int:
+    """Return a number of a module's source, as a default argument of cached functions that compile parts of it in.
+
+    Numba's disk cache notices changes in a function's own file and in its signature, to which defaults belong.
+    """
+    return int(hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:8], 16)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from moesaic.kernels._extras import numba_twin
 from moesaic.kernels._threads import in_parts
 from moesaic.kernels.dispatch import group_by_expert
 from moesaic.kernels.routing import Routing, RoutingStatistics, statistics_of
-from moesaic.kernels.routing_options import SCORINGS, RoutingOptions, checked_options
+from moesaic.kernels.routing_options import SCORINGS, RoutingKeywords, RoutingOptions, checked_options
 
 BLOCK_BYTES, GPU_BLOCK_BYTES = 2**23, 2**28
 """Logits that exist at once."""
@@ -40,15 +40,8 @@ def route(
     router_weight: Tensor,
     top_k: int,
     *,
-    scoring: str = ...,
-    bias: Tensor | None = ...,
-    n_groups: int | None = ...,
-    top_k_groups: int | None = ...,
-    group_score: str = ...,
-    renormalize: bool = ...,
-    scale: float = ...,
-    tie_seed: int | None = ...,
     return_statistics: Literal[False] = ...,
+    **keywords: Unpack[RoutingKeywords],
 ) -> Routing: ...
 
 
@@ -58,15 +51,8 @@ def route(
     router_weight: Tensor,
     top_k: int,
     *,
-    scoring: str = ...,
-    bias: Tensor | None = ...,
-    n_groups: int | None = ...,
-    top_k_groups: int | None = ...,
-    group_score: str = ...,
-    renormalize: bool = ...,
-    scale: float = ...,
-    tie_seed: int | None = ...,
     return_statistics: Literal[True],
+    **keywords: Unpack[RoutingKeywords],
 ) -> tuple[Routing, RoutingStatistics]: ...
 
 
@@ -75,15 +61,8 @@ def route(
     router_weight: Tensor,
     top_k: int,
     *,
-    scoring: str = "softmax",
-    bias: Tensor | None = None,
-    n_groups: int | None = None,
-    top_k_groups: int | None = None,
-    group_score: str = "top2",
-    renormalize: bool = False,
-    scale: float = 1.0,
-    tie_seed: int | None = None,
     return_statistics: bool = False,
+    **keywords: Unpack[RoutingKeywords],
 ) -> Routing | tuple[Routing, RoutingStatistics]:
     """Return `route_topk(x Wᵀ, top_k, …)` without the (T, E) logits; differentiable in `x` and `router_weight`.
 
@@ -97,15 +76,9 @@ def route(
         x: (..., d) floating point.
         router_weight: W, (E, d), of the dtype of `x`.
         top_k: k, experts per token.
-        scoring: like all that follow, as in `route_topk`.
-        bias: (E,).
-        n_groups: number of groups.
-        top_k_groups: groups taken.
-        group_score: a group's score.
-        renormalize: divide the k weights by their sum.
-        scale: multiplies the weights.
-        tie_seed: of the row's own order among equals.
         return_statistics: also return `RoutingStatistics`.
+        keywords: ``scoring``, ``bias``, ``n_groups``, ``top_k_groups``, ``group_score``, ``renormalize``, ``scale`` and
+            ``tie_seed`` of `route_topk`.
 
     Raises:
         ValueError: naming the argument, its value and what it takes.
@@ -117,10 +90,8 @@ def route(
             f"router_weight must have shape (E, {x.shape[-1]}) and dtype {x.dtype}, "
             f"got {tuple(router_weight.shape)} {router_weight.dtype}"
         )
-    options = checked_options(
-        router_weight.shape[0], top_k, scoring, bias, n_groups, top_k_groups, group_score, renormalize, scale, tie_seed,
-        return_statistics,
-    )  # fmt: skip
+    options = checked_options(router_weight.shape[0], top_k, statistics=return_statistics, **keywords)
+    bias = keywords.get("bias")
     rows = x.reshape(-1, x.shape[-1])
     if x.dtype != torch.float64 and routing_op.can_fuse(x.device, router_weight.shape[0], options):
         weights, ids, lse, counts, prob_sums = _route(rows, router_weight, _detached(bias), *options)

@@ -9,14 +9,14 @@ The bias picks but does not weigh (auxiliary-loss-free balancing, arXiv:2408.156
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from moesaic.kernels import routing_eager
 from moesaic.kernels.routing_op import MAX_EXPERTS, can_fuse, route_op
-from moesaic.kernels.routing_options import checked_options
+from moesaic.kernels.routing_options import RoutingKeywords, checked_options
 
 IMPLS = ("auto", "fused", "torch")
 
@@ -48,16 +48,9 @@ def route_topk(
     logits: Tensor,
     top_k: int,
     *,
-    scoring: str = ...,
-    bias: Tensor | None = ...,
-    n_groups: int | None = ...,
-    top_k_groups: int | None = ...,
-    group_score: str = ...,
-    renormalize: bool = ...,
-    scale: float = ...,
-    tie_seed: int | None = ...,
     return_statistics: Literal[False] = ...,
     impl: str = ...,
+    **options: Unpack[RoutingKeywords],
 ) -> Routing: ...
 
 
@@ -66,16 +59,9 @@ def route_topk(
     logits: Tensor,
     top_k: int,
     *,
-    scoring: str = ...,
-    bias: Tensor | None = ...,
-    n_groups: int | None = ...,
-    top_k_groups: int | None = ...,
-    group_score: str = ...,
-    renormalize: bool = ...,
-    scale: float = ...,
-    tie_seed: int | None = ...,
     return_statistics: Literal[True],
     impl: str = ...,
+    **options: Unpack[RoutingKeywords],
 ) -> tuple[Routing, RoutingStatistics]: ...
 
 
@@ -127,8 +113,8 @@ def route_topk(
         raise ValueError(f"logits must be floating point (..., E), got {logits.dtype} {tuple(logits.shape)}")
     n_experts = logits.shape[-1]
     options = checked_options(
-        n_experts, top_k, scoring, bias, n_groups, top_k_groups, group_score, renormalize, scale, tie_seed,
-        return_statistics,
+        n_experts, top_k, scoring=scoring, bias=bias, n_groups=n_groups, top_k_groups=top_k_groups,
+        group_score=group_score, renormalize=renormalize, scale=scale, tie_seed=tie_seed, statistics=return_statistics,
     )  # fmt: skip
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")

@@ -11,6 +11,10 @@ import numpy as np
 from numba import get_num_threads as get_num_threads
 from numba import njit
 
+from moesaic.kernels import toy_cpu
+from moesaic.kernels._extras import source_digest
+from moesaic.kernels.toy_cpu import exp32
+
 SOFTMAX, SOFTMAX_TOPK, SIGMOID = range(3)
 NO_GROUPS, BY_TOP2, BY_MAX = range(3)
 _LEAST = np.int64(-(2**63))
@@ -18,24 +22,13 @@ _LOW = np.int64(0xFFFFFFFF)
 _CHUNK = 64  # keys between two looks at whether any of them passes the k-th best
 _MANY = 4096  # keys of a row for which 25 passes take longer than insertions
 _SUMS = {"contract", "reassoc", "nsz"}
+_LIBRARY = source_digest(toy_cpu)
 
 
 @njit(inline="always")
 def _exp(x):
-    """e^x for x ≤ 0 in float32, to 1e-7 relative; NaN stays. NumPy's does not vectorise in compiled code.
-
-    x = k ln 2 + r with ln 2 in two parts, then a polynomial for e^r (coefficients of Cephes' expf).
-    """
-    k = np.floor(max(x, np.float32(-87.0)) * np.float32(1.4426950408889634) + np.float32(0.5))
-    r = max(x, np.float32(-87.0)) - k * np.float32(0.693359375) + k * np.float32(2.12194440e-4)
-    y = np.float32(1.9875691500e-4) * r + np.float32(1.3981999507e-3)
-    y = y * r + np.float32(8.3334519073e-3)
-    y = y * r + np.float32(4.1665795894e-2)
-    y = y * r + np.float32(1.6666665459e-1)
-    y = y * r + np.float32(0.5)
-    power = np.int32((np.int32(k) + np.int32(127)) << np.int32(23)).view(np.float32)
-    value = (y * r * r + r + np.float32(1.0)) * power + np.float32(0.0) * x
-    return np.float32(0.0) if x < np.float32(-87.0) else value
+    """Return e^x for x ≤ 0; 0 below −87, for a masked expert has no probability at all."""
+    return np.float32(0.0) if x < np.float32(-87.0) else exp32(x)
 
 
 @njit(inline="always")
@@ -210,7 +203,7 @@ def _top(row):
 @njit(nogil=True, error_model="numpy", cache=True)
 def route_rows(
     begin, end, logits, bias, has_bias, scoring, n_groups, k_groups, by, renormalize, scale, seed, first_row,
-    statistics, weights, ids, lse, counts, prob_sums,
+    statistics, weights, ids, lse, counts, prob_sums, library=_LIBRARY,
 ):  # fmt: skip
     """Route rows begin … end − 1; with ``statistics``, write log Σ e^l to ``lse`` and add to counts and Σ softmax."""
     n_experts, k = logits.shape[1], ids.shape[1]
@@ -294,7 +287,7 @@ def _dot(a, b, count):
 @njit(nogil=True, error_model="numpy", cache=True)
 def route_rows_backward(
     begin, end, logits, weights, ids, grad_weights, grad_probs, grad_lse, through_probs, through_lse, scoring,
-    renormalize, scale, grad_logits,
+    renormalize, scale, grad_logits, library=_LIBRARY,
 ):  # fmt: skip
     """Write dL/dl of rows begin … end − 1 from gradients of weights (T, k), Σ_t softmax (E) and lse (T).
 
@@ -358,8 +351,9 @@ def route_rows_backward(
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def stream_rows(
-    begin, end, tile, first, mask, bias, has_bias, sigmoid, sums, seed, first_row, best, tops, totals, nans
-):
+    begin, end, tile, first, mask, bias, has_bias, sigmoid, sums, seed, first_row, best, tops, totals, nans,
+    library=_LIBRARY,
+):  # fmt: skip
     """Take experts first … first + tile.shape[1] − 1 of rows begin … end − 1 into the rows' running state.
 
     State of a row: its k best keys, falling; with ``sums``, the largest logit so far and Σ e^(l − that); whether a NaN

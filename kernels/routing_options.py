@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from torch import Tensor
 
@@ -37,18 +37,32 @@ class RoutingOptions(NamedTuple):
     statistics: bool
 
 
+class RoutingKeywords(TypedDict, total=False):
+    """Keywords that every routing takes; `moesaic.kernels.route_topk` says what they mean."""
+
+    scoring: str
+    bias: Tensor | None
+    n_groups: int | None
+    top_k_groups: int | None
+    group_score: str
+    renormalize: bool
+    scale: float
+    tie_seed: int | None
+
+
 def checked_options(
     n_experts: int,
     top_k: int,
-    scoring: str,
-    bias: Tensor | None,
-    n_groups: int | None,
-    top_k_groups: int | None,
-    group_score: str,
-    renormalize: bool,
-    scale: float,
-    tie_seed: int | None,
-    statistics: bool,
+    *,
+    scoring: str = "softmax",
+    bias: Tensor | None = None,
+    n_groups: int | None = None,
+    top_k_groups: int | None = None,
+    group_score: str = "top2",
+    renormalize: bool = False,
+    scale: float = 1.0,
+    tie_seed: int | None = None,
+    statistics: bool = False,
 ) -> RoutingOptions:
     """Return the options, or raise ValueError naming the argument, its value and what it takes."""
     if not 1 <= n_experts < 2**31:

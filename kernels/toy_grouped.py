@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-
 import numpy as np
 from numba import njit
 
 from moesaic.kernels import toy_cpu
+from moesaic.kernels._extras import source_digest
 from moesaic.kernels.toy_cpu import (
     LANES,
     MATH,
@@ -25,9 +23,7 @@ from moesaic.kernels.toy_cpu import (
 
 # Samples of an expert that pass through forward and backward together: x, y and r of them stay in a core's cache.
 _CHUNK = 512
-# Numba's disk cache notices changes in this file and in a function's signature, to which defaults belong; what is
-# imported from the other file is compiled in, so its digest is a default.
-_LIBRARY = int(hashlib.sha256(inspect.getsource(toy_cpu).encode()).hexdigest()[:8], 16)
+_LIBRARY = source_digest(toy_cpu)
 # An array's element, because Numba compiles a function anew for every literal it is called with.
 _UNIT_STRIDE = np.ones(1, np.int64)
 

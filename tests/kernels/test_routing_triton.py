@@ -31,22 +31,8 @@ def draw(*size: int, seed: int = 0) -> Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
 
 
-def options(
-    n_experts: int,
-    top_k: int,
-    bias: Tensor | None = None,
-    *,
-    scoring: str = "softmax",
-    n_groups: int | None = None,
-    top_k_groups: int | None = None,
-    group_score: str = "top2",
-    renormalize: bool = False,
-    tie_seed: int | None = None,
-    statistics: bool = False,
-) -> RoutingOptions:
-    return checked_options(
-        n_experts, top_k, scoring, bias, n_groups, top_k_groups, group_score, renormalize, 1.7, tie_seed, statistics
-    )
+def options(n_experts: int, top_k: int, bias: Tensor | None = None, **given: Any) -> RoutingOptions:
+    return checked_options(n_experts, top_k, **{"bias": bias, "scale": 1.7} | given)
 
 
 def differences(logits: Tensor, bias: Tensor | None, chosen: RoutingOptions) -> list[str]:
