@@ -107,6 +107,18 @@ def _routing(options: Options) -> Findings:
     return run(options)
 
 
+def _grouped_matmul(options: Options) -> Findings:
+    from moesaic.bench.bench_grouped_matmul import run
+
+    return run(options)
+
+
+def _layer(options: Options) -> Findings:
+    from moesaic.bench.bench_layer import run
+
+    return run(options)
+
+
 BENCHES: dict[str, Benchmark] = {
     "ensemble": Benchmark(
         "whole trainings of many small toy models, ours against PyTorch",
@@ -122,6 +134,29 @@ BENCHES: dict[str, Benchmark] = {
         {"torch": "softmax, topk, renormalise, stable sort, bincount and cumsum"},
         ("torch",),
         _routing,
+    ),
+    "grouped-matmul": Benchmark(
+        "the grouped matrix product of an expert layer's up-projection, ours against PyTorch",
+        {
+            "torch-grouped-mm": "gather, then torch.nn.functional.grouped_mm",
+            "torch-loop": "a product per expert that has tokens",
+        },
+        ("torch-grouped-mm", "torch-loop"),
+        _grouped_matmul,
+    ),
+    "layer": Benchmark(
+        "expert layers without a router, forward and backward, ours against PyTorch and libraries",
+        {
+            "torch-grouped-mm": "gather, torch.nn.functional.grouped_mm, SiLU, grouped_mm, weighted sum",
+            "torch-loop": "a loop over the experts that have tokens",
+            "torch-bmm": "every choice's weights gathered, then batched products: few tokens, tiny experts",
+            "transformers-eager": "transformers' experts module, eager",
+            "transformers-grouped-mm": "transformers' experts module, grouped_mm",
+            "liger": "Liger-Kernel's fused mixture of experts, on a GPU",
+            "scattermoe": "ScatterMoE's linear operations, on a GPU",
+        },
+        ("torch-grouped-mm", "torch-loop"),
+        _layer,
     ),
 }
 

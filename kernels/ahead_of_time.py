@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,28 @@ _WARP = 32
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", re.MULTILINE)
 
 
-def compile_ahead(kernel: Any, signature: dict[str, str], constants: dict[str, Any], warps: int, arch: int) -> Any:
+def compile_ahead(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], warps: int, arch: int, *, stages: int = 1,
+    aligned: Sequence[str] = (),
+) -> Any:  # fmt: skip
     """Compile for sm_``arch`` what a launch on aligned tensors would; it needs no GPU.
 
     Args:
-        kernel: a Triton function that specialises for no integer's value.
+        kernel: a Triton function.
         signature: name → type of each argument, ``constexpr`` for those in ``constants``.
         constants: the compile-time arguments.
         warps: of a program.
         arch: compute capability.
+        stages: of software pipelines.
+        aligned: integers that are multiples of 16, which a launch would find out.
     """
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": warps, "num_stages": 1}
+    known = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in aligned
+    }
+    source = ASTSource(kernel, signature, constants, known)
+    options = {"num_warps": warps, "num_stages": stages}
     return triton.compile(source, target=GPUTarget("cuda", arch, _WARP), options=options)
 
 

@@ -107,3 +107,62 @@ def digits(n_experts: int) -> tuple[int, int]:
     bits = n_experts.bit_length()
     passes = triton.cdiv(bits, _DIGIT_BITS)
     return passes, max(4, triton.cdiv(bits, passes))
+
+
+@triton.jit(do_not_specialize=["n_experts"])
+def _ends_kernel(Offsets, Ends, n_experts, n_rows, block_m, BLOCK: tl.constexpr):
+    """Write each expert's end in the list of tiles, that of the skipped rows (expert E) last."""
+    total = tl.zeros([], tl.int64)
+    # Programs do not wait for each other: each sums up the experts before its own.
+    for first in range(0, tl.program_id(0) * BLOCK, BLOCK):
+        total += tl.sum(_tile_counts(Offsets, first, n_experts, n_rows, block_m, BLOCK), 0)
+    first = tl.program_id(0) * BLOCK
+    counts = _tile_counts(Offsets, first, n_experts, n_rows, block_m, BLOCK)
+    experts = first + tl.arange(0, BLOCK)
+    tl.store(Ends + experts, total + tl.cumsum(counts, 0), mask=experts <= n_experts)
+
+
+@triton.jit
+def _tile_counts(Offsets, first, n_experts, n_rows, block_m, BLOCK: tl.constexpr):
+    experts = first + tl.arange(0, BLOCK)
+    start = tl.load(Offsets + experts, mask=experts <= n_experts, other=n_rows)
+    end = tl.load(Offsets + experts + 1, mask=experts < n_experts, other=n_rows)
+    return (end - start + block_m - 1) // block_m
+
+
+@triton.jit(do_not_specialize=["n_experts"])
+def _tiles_kernel(Offsets, Ends, Experts, First, n_experts, block_m, most, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Find every tile's expert, the first whose end is behind it, by bisection."""
+    tiles = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    low = tl.zeros([BLOCK], tl.int32)
+    high = tl.zeros([BLOCK], tl.int32) + n_experts
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        behind = tl.load(Ends + middle) <= tiles
+        low = tl.where(behind, tl.minimum(middle + 1, n_experts), low)
+        high = tl.where(behind, high, middle)
+    before = tl.load(Ends + low - 1, mask=low > 0, other=0)
+    tl.store(Experts + tiles, low, mask=tiles < most)
+    tl.store(First + tiles, tl.load(Offsets + low) + (tiles - before) * block_m, mask=tiles < most)
+
+
+def tile_list(offsets: Tensor, n_rows: int, block_m: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Cut every expert's rows, and those behind the last expert's, into tiles of at most ``block_m`` rows.
+
+    Returns:
+        expert (int32) and first row (int64) of the tiles, in order; their number (), int64; and the length of the list,
+        ⌈R/block⌉ + min(E + 1, R), which no routing passes. Rows from offsets[E] on are expert E's. Entries behind the
+        last tile mean nothing.
+    """
+    n_experts, device = offsets.shape[0] - 1, offsets.device
+    most = triton.cdiv(n_rows, block_m) + min(n_experts + 1, n_rows)
+    ends = torch.empty(n_experts + 1, dtype=torch.int64, device=device)
+    experts = torch.empty(most, dtype=torch.int32, device=device)
+    first = torch.empty(most, dtype=torch.int64, device=device)
+    block = min(4096, triton.next_power_of_2(n_experts + 1))
+    _ends_kernel[(triton.cdiv(n_experts + 1, block),)](offsets, ends, n_experts, n_rows, block_m, BLOCK=block)
+    steps = n_experts.bit_length() + 1
+    _tiles_kernel[(triton.cdiv(most, 256),)](
+        offsets, ends, experts, first, n_experts, block_m, most, STEPS=steps, BLOCK=256
+    )
+    return experts, first, ends[-1], most

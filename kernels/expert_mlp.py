@@ -12,58 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from moesaic.kernels.activations import ACTIVATIONS as ACTIVATIONS
+from moesaic.kernels.activations import GATED as GATED
+from moesaic.kernels.activations import activate as activate
 from moesaic.kernels.dispatch import combine, group_by_expert
-from moesaic.kernels.grouped_matmul import grouped_matmul
+from moesaic.kernels.expert_mlp_op import expert_mlp_op
+from moesaic.kernels.grouped_matmul import autocast, check_precision, check_product, grouped_matmul
 
 Activation = Callable[[Tensor], Tensor]
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def _relu2(x: Tensor) -> Tensor:
-    return F.relu(x).square()
-
-
-def _gpt_oss(gate: Tensor, up: Tensor) -> Tensor:
-    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-    return (up + 1.0) * gate * torch.sigmoid(1.702 * gate)
-
-
-def _gated(act: Activation) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda gate, up: act(gate) * up
-
-
-PLAIN: dict[str, Activation] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": _gelu_tanh,
-    "relu": F.relu,
-    "relu2": _relu2,
-}
-GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "swiglu": _gated(F.silu),
-    "geglu": _gated(F.gelu),
-    "geglu_tanh": _gated(_gelu_tanh),
-    "reglu": _gated(F.relu),
-    "gpt_oss": _gpt_oss,
-}
-ACTIVATIONS = (*GATED, *PLAIN)
-
-
-def activate(h: Tensor, activation: str, interleaved: bool = False) -> Tensor:
-    """Apply an activation by name: (..., 2F) → (..., F) for the gated ones (gate first), (..., F) kept for the others.
-
-    `gpt_oss` is `(up + 1) · gate · σ(1.702 gate)` with gate at most 7 and up within ±7; `relu2` is ReLU squared.
-    """
-    if activation in PLAIN:
-        return PLAIN[activation](h)
-    gate, up = (h[..., 0::2], h[..., 1::2]) if interleaved else h.chunk(2, dim=-1)
-    return GATED[activation](gate, up)
 
 
 def _check(
@@ -74,7 +32,9 @@ def _check(
     ids: Tensor,
     activation: str | Activation,
     interleaved: bool,
+    precision: str,
 ) -> None:
+    check_precision(precision)
     if gate_up.ndim != 3:
         raise ValueError(f"gate_up must have shape (E, D, 2F) or (E, D, F), got {tuple(gate_up.shape)}")
     n_experts, d_model, width = gate_up.shape
@@ -91,6 +51,8 @@ def _check(
     fits = down.ndim == 3 and down.shape[0] == n_experts and (not isinstance(activation, str) or down.shape[1] == d_ff)
     if not fits:
         raise ValueError(f"down must have shape ({n_experts}, {d_ff}, N), got {tuple(down.shape)}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"ids must be integers, got {ids.dtype}")
     if ids.shape != weights.shape or ids.ndim < 1 or ids.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"weights and ids must have shape ({', '.join(map(str, (*x.shape[:-1], 'k')))}), "
@@ -110,11 +72,19 @@ def expert_mlp(
     down_bias: Tensor | None = None,
     interleaved: bool = False,
     post_norm: Activation | None = None,
+    precision: str = "ieee",
+    sparse_grad: bool = False,
 ) -> Tensor:
     """Send every token through its k experts: `y = Σ_j w_j (act(x U_e + b_e) V_e + c_e)` with `e = ids_j`.
 
     Only the k chosen experts are computed; ids outside 0…E−1 are skipped, whatever their weight. The sum over j is
-    float32 (float64 for float64). Differentiable in everything but ids; same inputs give the same bits.
+    float32 (float64 for float64). Differentiable in everything but ids, twice too; same inputs give the same bits,
+    forward and backward. Nothing is read back to the host, but by `sparse_grad`.
+
+    With a named activation and no `post_norm` it is one op, which keeps for its gradient, beside its inputs, the
+    pre-activation and the order of the choices: `T·k·(width·b + 16) + 8·(E + 1)` bytes, width 2F or F, b bytes per
+    number. While it runs forward `T·k·(F + N)·b` more, backward `T·k·(width + F + D)·b` and 4 bytes per choice and
+    block of columns. Otherwise it is one op per step, which keep what each needs.
 
     Args:
         x: (..., D).
@@ -129,6 +99,11 @@ def expert_mlp(
         down_bias: (E, N).
         interleaved: gate and up columns alternate.
         post_norm: a function of every expert's output rows (R, N), before the gate weights.
+        precision: of float32 products on a GPU: `"ieee"`, `"tf32x3"` (three TF32 products, error as of float32) or
+            `"tf32"` (10 bits of fraction). A CPU computes float32 whatever is asked.
+        sparse_grad: gradients of gate_up and down are sparse tensors of the experts that have tokens, for E far above
+            T·k. `torch.optim.SGD`, `Adagrad` and `SparseAdam` take them. One number is read back to the host, and
+            the op can be differentiated once.
 
     Returns:
         (..., N) in the dtype of the matrix products.
@@ -136,13 +111,49 @@ def expert_mlp(
     Raises:
         ValueError: naming the argument, its value and what it takes.
     """
-    _check(x, gate_up, down, weights, ids, activation, interleaved)
+    _check(x, gate_up, down, weights, ids, activation, interleaved, precision)
+    if not isinstance(activation, str) or post_norm is not None:
+        if sparse_grad:
+            raise ValueError("sparse_grad takes an activation by name and no post_norm")
+        return composed(
+            x, gate_up, down, weights, ids, activation=activation, gate_up_bias=gate_up_bias, down_bias=down_bias,
+            interleaved=interleaved, post_norm=post_norm, precision=precision,
+        )  # fmt: skip
+    if sparse_grad and torch.compiler.is_compiling():
+        raise ValueError("sparse_grad asks the device how many experts were touched, which torch.compile cannot trace")
+    x, gate_up, down, gate_up_bias, down_bias = autocast(x, gate_up, down, gate_up_bias, down_bias)
+    check_product(x, gate_up, gate_up_bias, "gate_up")
+    check_product(x, down, down_bias, "down")
+    k = ids.shape[-1]
+    y = expert_mlp_op(
+        x.reshape(-1, x.shape[-1]), gate_up, down, weights.reshape(-1, k), ids.reshape(-1, k), gate_up_bias, down_bias,
+        activation, interleaved, precision, sparse_grad,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def composed(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    *,
+    activation: str | Activation,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    interleaved: bool = False,
+    post_norm: Activation | None = None,
+    precision: str = "ieee",
+) -> Tensor:
+    """`expert_mlp` of one op per step, each differentiable twice, which keeps every intermediate."""
     grouping = group_by_expert(ids, gate_up.shape[0])
     gather = grouping.permutation // ids.shape[-1] if ids.shape[-1] else grouping.permutation
     tokens = x.reshape(-1, x.shape[-1])
-    h = grouped_matmul(tokens, gate_up, grouping.offsets, bias=gate_up_bias, gather=gather)
+    offsets = grouping.offsets
+    h = grouped_matmul(tokens, gate_up, offsets, bias=gate_up_bias, gather=gather, precision=precision)
     a = activate(h, activation, interleaved) if isinstance(activation, str) else activation(h)
-    rows = grouped_matmul(a, down, grouping.offsets, bias=down_bias)
+    rows = grouped_matmul(a, down, offsets, bias=down_bias, precision=precision)
     if post_norm is not None:
         rows = post_norm(rows)
     return combine(rows, weights, grouping)

@@ -1,99 +1,76 @@
 """Grouped matrix product: rows in order of expert, each group times its expert's matrix, no padding.
 
-    y_r = x_g(r) · W_e + b_e      for offsets[e] ≤ r < offsets[e+1];   y_r = 0 for r ≥ offsets[E]
-    dx_r = dy_r · W_eᵀ            dW_e = Σ_r x_g(r)ᵀ dy_r              db_e = Σ_r dy_r
+    y_r = s_r act(x_g(r) · W_e + b_e)   for offsets[e] ≤ r < offsets[e+1];   y_r = 0 for r ≥ offsets[E]
+    dx_r = dh_r · W_eᵀ,   dW_e = Σ_r x_g(r)ᵀ dh_r,   db_e = Σ_r dh_r,   h the argument of act
 
-Two registered ops: `moesaic::grouped_mm` (also gives dx, on transposed weights) and `moesaic::grouped_outer` (dW and
-db). Each is the other's derivative, so second derivatives exist.
+Registered ops: `moesaic::grouped_mm` (also gives dx, on transposed weights) and `moesaic::grouped_outer` (dW and db),
+each the other's derivative, so second derivatives exist; and `moesaic::grouped_mm_activated`, with act and s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from moesaic.kernels._backend import grouped
+from moesaic.kernels.activations import ACTIVATIONS, GATED, NO_ACTIVATION, activate_backward
 
-def _groups(offsets: Tensor, n_rows: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (expert, start, end) of every non-empty group. Reads offsets on the host: a device synchronises here."""
-    bounds = offsets.cpu().numpy()
-    counts = bounds[1:] - bounds[:-1]
-    if bounds[0] != 0 or bounds[-1] > n_rows or counts.min() < 0:
-        raise ValueError(f"offsets must rise from 0 to at most the {n_rows} rows, got {bounds[0]} … {bounds[-1]}")
-    for expert in counts.nonzero()[0].tolist():
-        yield expert, int(bounds[expert]), int(bounds[expert + 1])
-
-
-def _rows(x: Tensor, gather: Tensor | None, start: int, end: int) -> Tensor:
-    return x[start:end] if gather is None else x.index_select(0, gather[start:end])
-
-
-def _can_use_torch(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's own grouped product serves: CUDA, bf16, under 1,024 experts, every row 16-byte aligned."""
-    aligned = all(n % 8 == 0 for n in weight.shape[1:]) and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
-    dense = weight.is_contiguous() or weight.transpose(1, 2).is_contiguous()
-    return x.is_cuda and x.dtype == torch.bfloat16 and weight.shape[0] < 1024 and aligned and dense
-
-
-def _torch_grouped(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
-    position = torch.arange(rows.shape[0], device=rows.device)
-    out = torch.nn.functional.grouped_mm(rows, weight, offs=offsets[1:].to(torch.int32))
-    if bias is not None:
-        expert = torch.searchsorted(offsets[1:], position, right=True).clamp_(max=weight.shape[0] - 1)
-        out = out + bias[expert]
-    # It leaves the rows after the last group unwritten.
-    return out.masked_fill((position >= offsets[-1]).unsqueeze(1), 0.0)
+PRECISIONS = ("ieee", "tf32x3", "tf32")
 
 
 @torch.library.custom_op("moesaic::grouped_mm", mutates_args=())
-def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, gather: Tensor | None) -> Tensor:
-    n_rows = x.shape[0] if gather is None else gather.shape[0]
-    if _can_use_torch(x, weight):
-        rows = x.contiguous() if gather is None else x.index_select(0, gather)
-        return _torch_grouped(rows, weight, offsets, bias)
-    out = x.new_empty(n_rows, weight.shape[2])
-    end = 0
-    for expert, start, end in _groups(offsets, n_rows):
-        rows, target = _rows(x, gather, start, end), out[start:end]
-        if bias is None:
-            torch.mm(rows, weight[expert], out=target)
-        else:
-            torch.addmm(bias[expert], rows, weight[expert], out=target)
-    out[end:] = 0.0
-    return out
+def _grouped_mm(
+    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, gather: Tensor | None, precision: str = "ieee"
+) -> Tensor:
+    y: Tensor = grouped(x).rows(x, weight, offsets, bias, gather, precision=precision)
+    return y
 
 
 @torch.library.custom_op("moesaic::grouped_outer", mutates_args=())
 def _grouped_outer(
-    x: Tensor | None, grad: Tensor, offsets: Tensor, gather: Tensor | None, n_features: int, transposed: bool
-) -> Tensor:
+    x: Tensor | None, grad: Tensor, offsets: Tensor, gather: Tensor | None, n_features: int, transposed: bool,
+    precision: str = "ieee",
+) -> Tensor:  # fmt: skip
     """Σ over each group's rows of xᵀ·grad: (E, K, N), stored as (E, N, K) if transposed; x None is a column of ones."""
-    n_experts, n_out = offsets.shape[0] - 1, grad.shape[1]
-    shape = (n_experts, n_out, n_features) if transposed else (n_experts, n_features, n_out)
-    out = grad.new_zeros(shape)
-    for expert, start, end in _groups(offsets, grad.shape[0]):
-        rows = grad[start:end]
-        if x is None:
-            torch.sum(rows, 0, keepdim=True, out=out[expert])
-        elif transposed:
-            torch.mm(rows.t(), _rows(x, gather, start, end), out=out[expert])
-        else:
-            torch.mm(_rows(x, gather, start, end).t(), rows, out=out[expert])
-    return out.transpose(1, 2) if transposed else out
+    kernels = grouped(grad)
+    out: Tensor
+    if x is None:
+        out = kernels.column_sums(grad, offsets, None, None).unsqueeze(1)
+    else:
+        out = kernels.outer(x, grad, offsets, gather, None, transposed, precision=precision)
+    return out
+
+
+@torch.library.custom_op("moesaic::grouped_mm_activated", mutates_args=())
+def _activated(
+    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, gather: Tensor | None, row_weight: Tensor | None,
+    activation: str, interleaved: bool, keep: bool, precision: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Y (R, F) and, if kept, h (R, N), else h of no rows."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale = None if row_weight is None else row_weight.to(wide)
+    y, h = grouped(x).rows_activated(
+        x, weight, offsets, bias, gather, scale, activation, interleaved, keep, precision=precision
+    )
+    return y, h
 
 
 @_grouped_mm.register_fake
-def _(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, gather: Tensor | None) -> Tensor:
+def _(
+    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, gather: Tensor | None, precision: str = "ieee"
+) -> Tensor:
     return x.new_empty((x if gather is None else gather).shape[0], weight.shape[2])
 
 
 @_grouped_outer.register_fake
 def _(
-    x: Tensor | None, grad: Tensor, offsets: Tensor, gather: Tensor | None, n_features: int, transposed: bool
-) -> Tensor:
+    x: Tensor | None, grad: Tensor, offsets: Tensor, gather: Tensor | None, n_features: int, transposed: bool,
+    precision: str = "ieee",
+) -> Tensor:  # fmt: skip
     n_experts, n_out = offsets.shape[0] - 1, grad.shape[1]
     if transposed:
         return grad.new_empty(n_experts, n_out, n_features).transpose(1, 2)
@@ -108,48 +85,101 @@ def _scatter_rows(rows: Tensor, gather: Tensor | None, n_rows: int) -> Tensor:
     return rows.new_zeros(n_rows, rows.shape[1], dtype=wide).index_put((gather,), rows.to(wide), True).to(rows.dtype)
 
 
+def _is_transposed(weight: Tensor) -> bool:
+    return weight.stride(1) == 1 and weight.stride(2) != 1
+
+
 def _mm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, offsets, _, gather = inputs
+    x, weight, offsets, _, gather, ctx.precision = inputs
     ctx.save_for_backward(x, weight, offsets, gather)
 
 
-def _mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None, None]:
+def _mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, offsets, gather = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    dx, dw, db = _product_gradients(grad, x, weight, offsets, gather, ctx.precision, needs)
+    return dx, dw, None, db, None, None
+
+
+def _product_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, gather: Tensor | None, precision: str,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of x, weight and bias, where needed."""
     dx = dw = db = None
-    if ctx.needs_input_grad[0]:
-        dx = _scatter_rows(_grouped_mm(grad, weight.transpose(1, 2), offsets, None, None), gather, x.shape[0])
-    if ctx.needs_input_grad[1]:
-        transposed = weight.stride(1) == 1 and weight.stride(2) != 1
-        dw = _grouped_outer(x, grad, offsets, gather, x.shape[1], transposed)
-    if ctx.needs_input_grad[3]:
-        db = _grouped_outer(None, grad, offsets, None, 1, False).squeeze(1)
-    return dx, dw, None, db, None
+    if needs[0]:
+        dx = _scatter_rows(
+            _grouped_mm(grad, weight.transpose(1, 2), offsets, None, None, precision), gather, x.shape[0]
+        )
+    if needs[1]:
+        dw = _grouped_outer(x, grad, offsets, gather, x.shape[1], _is_transposed(weight), precision)
+    if needs[2]:
+        db = _grouped_outer(None, grad, offsets, None, 1, False, precision).squeeze(1)
+    return dx, dw, db
 
 
 def _outer_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, grad, offsets, gather, _, _ = inputs
+    x, grad, offsets, gather, _, _, ctx.precision = inputs
     ctx.save_for_backward(x, grad, offsets, gather)
 
 
-def _outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+def _outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, rows, offsets, gather = ctx.saved_tensors
     dx = drows = None
     if x is not None and ctx.needs_input_grad[0]:
-        dx = _scatter_rows(_grouped_mm(rows, grad.transpose(1, 2), offsets, None, None), gather, x.shape[0])
+        dx = _scatter_rows(
+            _grouped_mm(rows, grad.transpose(1, 2), offsets, None, None, ctx.precision), gather, x.shape[0]
+        )
     if ctx.needs_input_grad[1]:
         left = rows.new_ones(rows.shape[0], 1) if x is None else x
-        drows = _grouped_mm(left, grad, offsets, None, gather)
-    return dx, drows, None, None, None, None
+        drows = _grouped_mm(left, grad, offsets, None, gather, ctx.precision)
+    return dx, drows, None, None, None, None, None
+
+
+@_activated.register_fake
+def _(
+    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, gather: Tensor | None, row_weight: Tensor | None,
+    activation: str, interleaved: bool, keep: bool, precision: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    n_rows, width = (x if gather is None else gather).shape[0], weight.shape[2]
+    out = x.new_empty(n_rows, width // 2 if activation in GATED else width)
+    return out, x.new_empty(n_rows if keep else 0, width)
+
+
+def _activated_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, offsets, _, gather, row_weight, ctx.activation, ctx.interleaved, _, ctx.precision = inputs
+    ctx.save_for_backward(x, weight, offsets, gather, row_weight, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _activated_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 10
+    if torch.is_grad_enabled():
+        raise RuntimeError("grouped_matmul with an activation or row_weight can be differentiated once")
+    x, weight, offsets, gather, row_weight, h = ctx.saved_tensors
+    wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+    kept = torch.arange(h.shape[0], device=h.device) < offsets[-1]
+    scaled = wide if row_weight is None else wide * row_weight.to(wide.dtype).masked_fill(~kept, 0.0).unsqueeze(1)
+    a, dh = activate_backward(h, scaled, ctx.activation, ctx.interleaved)
+    ds = None
+    if row_weight is not None and ctx.needs_input_grad[5]:
+        ds = (wide * a).sum(1).masked_fill(~kept, 0.0).to(row_weight.dtype)
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    dx, dw, db = _product_gradients(dh.to(h.dtype), x, weight, offsets, gather, ctx.precision, needs)
+    return dx, dw, None, db, None, ds, None, None, None, None
 
 
 _grouped_mm.register_autograd(_mm_backward, setup_context=_mm_setup)
 _grouped_outer.register_autograd(_outer_backward, setup_context=_outer_setup)
+_activated.register_autograd(_activated_backward, setup_context=_activated_setup)
 
 
-@register_flop_formula(torch.ops.moesaic.grouped_mm)
+@register_flop_formula([torch.ops.moesaic.grouped_mm, torch.ops.moesaic.grouped_mm_activated])
 def _grouped_mm_flops(
-    x: Sequence[int], weight: Sequence[int], offsets: object, bias: object, gather: Sequence[int] | None, **_: object
-) -> int:
+    x: Sequence[int], weight: Sequence[int], offsets: object, bias: object, gather: Sequence[int] | None, *_: object,
+    **__: object,
+) -> int:  # fmt: skip
     return 2 * (x if gather is None else gather)[0] * weight[1] * weight[2]
 
 
@@ -158,53 +188,115 @@ def _grouped_outer_flops(x: Sequence[int] | None, grad: Sequence[int], *_: objec
     return 0 if x is None else 2 * grad[0] * x[1] * grad[1]
 
 
-def _check(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, gather: Tensor | None) -> None:
-    if weight.ndim != 3:
-        raise ValueError(f"weight must have shape (E, K, N), got {tuple(weight.shape)}")
-    n_experts, n_features, n_out = weight.shape
-    if x.ndim != 2 or x.shape[1] != n_features:
-        raise ValueError(f"x must have shape (rows, {n_features}) to match weight, got {tuple(x.shape)}")
-    if not x.is_floating_point() or x.dtype != weight.dtype:
-        raise ValueError(f"x and weight must have one floating-point dtype, got {x.dtype} and {weight.dtype}")
-    if n_experts < 1 or offsets.shape != (n_experts + 1,) or offsets.dtype != torch.int64:
-        raise ValueError(f"offsets must be int64 ({n_experts + 1},), got {offsets.dtype} {tuple(offsets.shape)}")
-    if bias is not None and (bias.shape != (n_experts, n_out) or bias.dtype != x.dtype):
-        raise ValueError(f"bias must be {x.dtype} ({n_experts}, {n_out}), got {bias.dtype} {tuple(bias.shape)}")
-    if gather is not None and (gather.ndim != 1 or gather.dtype != torch.int64):
-        raise ValueError(f"gather must be int64 (rows,), got {gather.dtype} {tuple(gather.shape)}")
-
-
-def grouped_matmul(
-    x: Tensor, weight: Tensor, offsets: Tensor, *, bias: Tensor | None = None, gather: Tensor | None = None
-) -> Tensor:
-    """Multiply every expert's rows by its matrix: `y_r = x_g(r) · W_e [+ b_e]` for `offsets[e] ≤ r < offsets[e+1]`.
-
-    Rows from offsets[E] on are zero. Nothing is padded and only experts with rows are visited; `weight` may be any
-    strided view (a transposed one is not copied, and gets its gradient in the same layout). Differentiable, twice too,
-    in x, weight and bias; same inputs give the same bits. Under autocast the inputs are cast as for `torch.mm`.
-    `torch.utils.flop_counter` counts 2·R·K·N forward and as much again for each of dx and dW, zero rows included.
-
-    On a CUDA device bf16 products use torch's grouped product where shapes allow; every other case, and dW and db, loop
-    over the groups and read `offsets` on the host, a synchronisation.
-
-    Args:
-        x: (R, K) in expert order, or with `gather` (T, K) in any order.
-        weight: (E, K, N), same dtype as x.
-        offsets: (E+1,) int64 from `group_by_expert`.
-        bias: (E, N).
-        gather: (R,) int64 in 0…T−1: row r uses x[gather[r]].
-
-    Returns:
-        (R, N), contiguous.
+def check_product(x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "weight") -> None:
+    """Check what a product with weights (E, K, N) takes of dtypes, devices and its bias.
 
     Raises:
         ValueError: naming the argument, its value and what it takes.
     """
+    if not x.is_floating_point() or x.dtype != weight.dtype:
+        raise ValueError(f"x and {name} must have one floating-point dtype, got {x.dtype} and {weight.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"x and {name} must be on one device, got {x.device} and {weight.device}")
+    shape = (weight.shape[0], weight.shape[2])
+    if bias is not None and (bias.shape != shape or bias.dtype != x.dtype):
+        owner = "bias" if name == "weight" else f"{name}_bias"
+        raise ValueError(f"{owner} must be {x.dtype} {shape}, got {bias.dtype} {tuple(bias.shape)}")
+
+
+def check_precision(precision: str) -> None:
+    """Raise a ValueError unless it is one of `PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def _check(
+    x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, gather: Tensor | None, row_weight: Tensor | None,
+    activation: str | None, interleaved: bool,
+) -> None:  # fmt: skip
+    if weight.ndim != 3:
+        raise ValueError(f"weight must have shape (E, K, N), got {tuple(weight.shape)}")
+    n_experts, n_features, width = weight.shape
+    if x.ndim != 2 or x.shape[1] != n_features:
+        raise ValueError(f"x must have shape (rows, {n_features}) to match weight, got {tuple(x.shape)}")
+    check_product(x, weight, bias)
+    if n_experts < 1 or offsets.shape != (n_experts + 1,) or offsets.dtype != torch.int64:
+        raise ValueError(f"offsets must be int64 ({n_experts + 1},), got {offsets.dtype} {tuple(offsets.shape)}")
+    if gather is not None and (gather.ndim != 1 or gather.dtype != torch.int64):
+        raise ValueError(f"gather must be int64 (rows,), got {gather.dtype} {tuple(gather.shape)}")
+    n_rows = x.shape[0] if gather is None else gather.shape[0]
+    if row_weight is not None and (row_weight.shape != (n_rows,) or not row_weight.is_floating_point()):
+        raise ValueError(
+            f"row_weight must be floating point ({n_rows},), got {row_weight.dtype} {tuple(row_weight.shape)}"
+        )
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if activation in GATED and width % 2:
+        raise ValueError(f"weight must have an even last dimension for {activation!r}, got {width}")
+    if interleaved and activation not in GATED:
+        raise ValueError(f"interleaved takes one of the gated activations {', '.join(GATED)}, got {activation!r}")
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """Return all in autocast's dtype where it is on for the device of x, as `torch.mm` takes them; float64 stays."""
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    _check(x, weight, offsets, bias, gather)
-    out: Tensor = _grouped_mm(x, weight, offsets, bias, gather)
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, *others
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), *(None if other is None else other.to(dtype) for other in others)
+
+
+def grouped_matmul(
+    x: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    gather: Tensor | None = None,
+    activation: str | None = None,
+    interleaved: bool = False,
+    row_weight: Tensor | None = None,
+    precision: str = "ieee",
+) -> Tensor:
+    """Multiply every expert's rows by its matrix: `y_r = [s_r ·] [act](x_g(r) W_e [+ b_e])`.
+
+    Expert e has the rows offsets[e] ≤ r < offsets[e+1]; rows from offsets[E] on are zero. Nothing is padded and only
+    experts with rows are visited; `weight` may be any strided view (a transposed one is not copied, and gets its
+    gradient in the same layout). Differentiable in x, weight, bias and row_weight, and twice without an activation and
+    row_weight; same inputs give the same bits, forward and backward. Sums are float32 (float64 for float64), rounded
+    once. Under autocast the inputs are cast as for `torch.mm`. `torch.utils.flop_counter` counts 2·R·K·N forward and as
+    much again for each of dx and dW, zero rows included.
+
+    On a GPU Triton kernels read `offsets` on the device; nothing waits for the host. A CPU, and float64 on any device,
+    takes PyTorch's products and Numba.
+
+    Args:
+        x: (R, K) in expert order, or with `gather` (T, K) in any order.
+        weight: (E, K, N), same dtype as x.
+        offsets: (E+1,) int64 from `group_by_expert`, rising from 0 to at most R.
+        bias: (E, N).
+        gather: (R,) int64 in 0…T−1: row r uses x[gather[r]].
+        activation: by name, as in `expert_mlp`; the gated ones make (R, N/2).
+        interleaved: gate and up columns alternate.
+        row_weight: (R,) s, applied in float32 after the activation; not read from offsets[E] on.
+        precision: of float32 products on a GPU, as in `expert_mlp`.
+
+    Returns:
+        (R, N) or (R, N/2), contiguous.
+
+    Raises:
+        ValueError: naming the argument, its value and what it takes. Offsets are checked where they can be read without
+            waiting for a GPU.
+    """
+    x, weight, bias = autocast(x, weight, bias)
+    check_precision(precision)
+    _check(x, weight, offsets, bias, gather, row_weight, activation, interleaved)
+    out: Tensor
+    if activation is None and row_weight is None:
+        out = _grouped_mm(x, weight, offsets, bias, gather, precision)
+    else:
+        leaves = (x, weight, bias, row_weight)
+        keep = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
+        name = activation or NO_ACTIVATION
+        out = _activated(x, weight, offsets, bias, gather, row_weight, name, interleaved, keep, precision)[0]
     return out
