@@ -156,10 +156,12 @@ class Reproduce:
 class Bench:
     """Time kernels and whole trainings against peers, in turn in one process."""
 
-    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME", help="ensemble or routing.")]
+    name: Annotated[
+        tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME", help="ensemble, routing, grouped-matmul or layer.")
+    ]
     out: Out
     against: Annotated[
-        tuple[str, ...], tyro.conf.arg(metavar="PEER …", help="What to measure against: vmap, torch-stacked; torch.")
+        tuple[str, ...], tyro.conf.arg(metavar="PEER …", help="What to measure against; a wrong name gets the list.")
     ] = ()
     device: Device = "auto"
     quick: Quick = False

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moesaic.bench import environment
+from moesaic.kernels._backend import BACKENDS
 
 ROUTING_OPS = ("route_topk", "group_by_expert")
-TORCH_OPS = ("grouped_matmul", "expert_mlp")
-"""Ops whose only implementation so far is PyTorch, on every device."""
-BACKENDS = ("triton", "cpu")
+GROUPED_OPS = ("grouped_matmul", "expert_mlp")
+"""Ops that heed ``MOESAIC_BACKEND``; the device alone chooses for the others."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,7 @@ def diagnose(folder: Path = Path()) -> Diagnosis:
 def op_backends(device: str) -> list[Backend]:
     """For each op, what runs it on ``device`` and why."""
     asked = os.environ.get("MOESAIC_BACKEND")
-    note = ""
-    if asked == "triton":
-        note = "; MOESAIC_BACKEND=triton has no effect: the device alone chooses in this version"
-    elif asked and asked not in BACKENDS:
-        note = f"; MOESAIC_BACKEND={asked} has no effect: takes {' or '.join(BACKENDS)}"
+    note = f"; MOESAIC_BACKEND={asked} is for {' and '.join(GROUPED_OPS)}" if asked else ""
     numba_here = "numba" not in environment.missing_extras().get("bench", [])
     if device != "cpu":
         routing = (
@@ -113,9 +109,24 @@ def op_backends(device: str) -> list[Backend]:
     else:
         routing = ("torch", "Numba is missing; PyTorch does without it, slower")
         training = ("none", "Numba is missing; --impl torch trains without it, slower")
-    found = [(op, *routing) for op in ROUTING_OPS]
-    found += [(op, "torch", "its only implementation in this version") for op in TORCH_OPS]
-    return [Backend(op, runs, why + note) for op, runs, why in [*found, ("train_ensemble", *training)]]
+    found = [Backend(op, routing[0], routing[1] + note) for op in ROUTING_OPS]
+    found += [Backend(op, *_grouped(device, asked, numba_here)) for op in GROUPED_OPS]
+    return [*found, Backend("train_ensemble", training[0], training[1] + note)]
+
+
+def _grouped(device: str, asked: str | None, numba_here: bool) -> tuple[str, str]:
+    """What runs the grouped products, and why."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if asked and asked not in BACKENDS:
+        return "none", f"MOESAIC_BACKEND={asked}: takes {' or '.join(BACKENDS)}"
+    if asked == "triton" and device == "cpu" and not interpreted:
+        return "none", "MOESAIC_BACKEND=triton takes a GPU, or TRITON_INTERPRET=1"
+    because = f"MOESAIC_BACKEND={asked}" if asked else f"the device is {device}"
+    if (asked or ("cpu" if device == "cpu" else "triton")) == "triton":
+        return "triton", f"{because}; float64 takes PyTorch"
+    if numba_here:
+        return "numba", f"{because}: groups of many rows PyTorch multiplies, of few Numba"
+    return "torch", f"{because} and Numba is missing: a product per group, slower where they are small"
 
 
 def energy_meters() -> list[Meter]:

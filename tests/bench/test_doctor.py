@@ -11,7 +11,7 @@ import torch
 
 from moesaic import kernels
 from moesaic.bench import environment
-from moesaic.bench.doctor import ROUTING_OPS, TORCH_OPS, diagnose, energy_meters, op_backends
+from moesaic.bench.doctor import GROUPED_OPS, ROUTING_OPS, diagnose, energy_meters, op_backends
 
 
 def test_the_diagnosis_describes_this_machine() -> None:
@@ -33,26 +33,51 @@ def test_the_diagnosis_describes_this_machine() -> None:
 
 
 def test_every_op_it_names_exists() -> None:
-    named = [*ROUTING_OPS, *TORCH_OPS, "train_ensemble"]
+    named = [*ROUTING_OPS, *GROUPED_OPS, "train_ensemble"]
     assert [op for op in named if not callable(getattr(kernels, op, None))] == []
     assert [op.op for op in op_backends("cpu")] == named
 
 
 def test_the_implementation_follows_device_and_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MOESAIC_BACKEND", raising=False)
-    assert [op.runs for op in op_backends("cpu")] == ["numba", "numba", "torch", "torch", "numba"]
-    assert [op.runs for op in op_backends("cuda")] == ["triton", "triton", "torch", "torch", "triton"]
+    assert [op.runs for op in op_backends("cpu")] == ["numba"] * 5
+    assert [op.runs for op in op_backends("cuda")] == ["triton"] * 5
     monkeypatch.setitem(sys.modules, "numba", None)
-    assert op_backends("cpu")[0].runs == "torch"
+    assert [op.runs for op in op_backends("cpu")[:4]] == ["torch"] * 4
     missing = op_backends("cpu")[-1]
     assert (missing.runs, "Numba is missing" in missing.why) == ("none", True)
 
 
-@pytest.mark.parametrize(("value", "words"), [("triton", "the device alone"), ("gpu", "takes triton or cpu")])
-def test_a_backend_that_cannot_be_had_is_said(value: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("value", "device", "runs", "why"),
+    [
+        ("triton", "cpu", "none", "takes a GPU, or TRITON_INTERPRET=1"),
+        ("triton", "cuda", "triton", "MOESAIC_BACKEND=triton"),
+        ("cpu", "cuda", "numba", "MOESAIC_BACKEND=cpu"),
+        ("gpu", "cpu", "none", "takes triton or cpu"),
+    ],
+)
+def test_the_backend_that_was_asked_for(
+    value: str, device: str, runs: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("MOESAIC_BACKEND", value)
-    assert all(f"MOESAIC_BACKEND={value} has no effect" in op.why and words in op.why for op in op_backends("cpu"))
+    for op in op_backends(device):
+        if op.op in GROUPED_OPS:
+            assert op.runs == runs
+            assert why in op.why
+        else:
+            assert f"MOESAIC_BACKEND={value} is for grouped_matmul and expert_mlp" in op.why
     assert f"MOESAIC_BACKEND  {value}" in str(diagnose())
+
+
+def test_the_ops_heed_the_backend_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, offsets = torch.zeros(2, 3), torch.zeros(1, 3, 4), torch.tensor([0, 2])
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for value, message in (("triton", "takes tensors on a GPU, or TRITON_INTERPRET=1"), ("gpu", "triton or cpu")):
+        monkeypatch.setenv("MOESAIC_BACKEND", value)
+        with pytest.raises(ValueError, match=message):
+            kernels.grouped_matmul(x, weight, offsets)
 
 
 def test_a_missing_extra_is_named_with_the_command_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
