@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -29,7 +31,9 @@ def uses_triton(tensor: Tensor) -> bool:
     return asked == "triton" and tensor.dtype != torch.float64
 
 
-def grouped(tensor: Tensor) -> ModuleType:
-    """Return the module of the grouped products for a tensor's device and dtype."""
+@contextmanager
+def grouped(tensor: Tensor) -> Iterator[ModuleType]:
+    """Give the module of the grouped products for a tensor's device and dtype, with that device the current one."""
     name = "grouped_triton" if uses_triton(tensor) else "grouped_matmul_cpu"
-    return importlib.import_module(f"moesaic.kernels.{name}")
+    with torch.cuda.device_of(tensor):
+        yield importlib.import_module(f"moesaic.kernels.{name}")

@@ -34,6 +34,7 @@ def _combine_kernel(Rows, W, Inverse, Kept, Out, k, N, stride_rm, HAS_WEIGHTS: t
 def combine(rows: Tensor, weights: Tensor | None, inverse: Tensor, n_kept: Tensor, k: int) -> Tensor:
     """Return y (T, N) of rows (T·k, N), weights (T·k,) or None for ones; positions from n_kept () on are left out."""
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    weights, inverse = None if weights is None else weights.contiguous(), inverse.contiguous()
     tokens, n = inverse.shape[0] // k if k else 0, rows.shape[1]
     out = rows.new_empty(tokens, n)
     if tokens and n:

@@ -109,7 +109,7 @@ def digits(n_experts: int) -> tuple[int, int]:
     return passes, max(4, triton.cdiv(bits, passes))
 
 
-@triton.jit(do_not_specialize=["n_experts"])
+@triton.jit(do_not_specialize=["n_experts", "n_rows", "block_m"])
 def _ends_kernel(Offsets, Ends, n_experts, n_rows, block_m, BLOCK: tl.constexpr):
     """Write each expert's end in the list of tiles, that of the skipped rows (expert E) last."""
     total = tl.zeros([], tl.int64)
@@ -130,7 +130,7 @@ def _tile_counts(Offsets, first, n_experts, n_rows, block_m, BLOCK: tl.constexpr
     return (end - start + block_m - 1) // block_m
 
 
-@triton.jit(do_not_specialize=["n_experts"])
+@triton.jit(do_not_specialize=["n_experts", "block_m", "most"])
 def _tiles_kernel(Offsets, Ends, Experts, First, n_experts, block_m, most, STEPS: tl.constexpr, BLOCK: tl.constexpr):
     """Find every tile's expert, the first whose end is behind it, by bisection."""
     tiles = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -19,7 +19,7 @@ from moesaic.kernels.activations import GATED as GATED
 from moesaic.kernels.activations import activate as activate
 from moesaic.kernels.dispatch import combine, group_by_expert
 from moesaic.kernels.expert_mlp_op import expert_mlp_op
-from moesaic.kernels.grouped_matmul import autocast, check_precision, check_product, grouped_matmul
+from moesaic.kernels.grouped_matmul import autocast, check_devices, check_precision, check_product, grouped_matmul
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -53,6 +53,8 @@ def _check(
         raise ValueError(f"down must have shape ({n_experts}, {d_ff}, N), got {tuple(down.shape)}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"ids must be integers, got {ids.dtype}")
+    if not weights.is_floating_point():
+        raise ValueError(f"weights must be floating point, got {weights.dtype}")
     if ids.shape != weights.shape or ids.ndim < 1 or ids.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"weights and ids must have shape ({', '.join(map(str, (*x.shape[:-1], 'k')))}), "
@@ -79,12 +81,14 @@ def expert_mlp(
 
     Only the k chosen experts are computed; ids outside 0…E−1 are skipped, whatever their weight. The sum over j is
     float32 (float64 for float64). Differentiable in everything but ids, twice too; same inputs give the same bits,
-    forward and backward. Nothing is read back to the host, but by `sparse_grad`.
+    forward and backward. On a GPU nothing is read back to the host, but by `sparse_grad` and for float64, which
+    PyTorch's products compute.
 
     With a named activation and no `post_norm` it is one op, which keeps for its gradient, beside its inputs, the
     pre-activation and the order of the choices: `T·k·(width·b + 16) + 8·(E + 1)` bytes, width 2F or F, b bytes per
-    number. While it runs forward `T·k·(F + N)·b` more, backward `T·k·(width + F + D)·b` and 4 bytes per choice and
-    block of columns. Otherwise it is one op per step, which keep what each needs.
+    number. While it runs forward `T·k·(F + N)·b + 8·T·k` more, beside its result; backward `T·k·(width + F + D)·b +
+    21·T·k` and 4 bytes per choice and block of columns, beside the gradients, and float32 copies of the upstream
+    gradient and of down_bias where there is one. Otherwise it is one op per step, which keep what each needs.
 
     Args:
         x: (..., D).
@@ -124,10 +128,14 @@ def expert_mlp(
     x, gate_up, down, gate_up_bias, down_bias = autocast(x, gate_up, down, gate_up_bias, down_bias)
     check_product(x, gate_up, gate_up_bias, "gate_up")
     check_product(x, down, down_bias, "down")
-    k = ids.shape[-1]
+    check_devices(
+        x, gate_up=gate_up, down=down, weights=weights, ids=ids, gate_up_bias=gate_up_bias, down_bias=down_bias
+    )
+    n_tokens = x.shape[:-1].numel()
+    shape = (n_tokens, ids.shape[-1])
     y = expert_mlp_op(
-        x.reshape(-1, x.shape[-1]), gate_up, down, weights.reshape(-1, k), ids.reshape(-1, k), gate_up_bias, down_bias,
-        activation, interleaved, precision, sparse_grad,
+        x.reshape(n_tokens, x.shape[-1]), gate_up, down, weights.reshape(shape), ids.reshape(shape), gate_up_bias,
+        down_bias, activation, interleaved, precision, sparse_grad,
     )  # fmt: skip
     return y.view(*x.shape[:-1], y.shape[1])
 

@@ -28,7 +28,7 @@ _LEAVES = ("x", "gate_up", "down", "weights", "gate_up_bias", "down_bias")
 
 
 def _is_tiny(down: Tensor, ids: Tensor) -> bool:
-    return down.shape[1] < TINY and ids.numel() <= TINY_ROWS * down.shape[0]
+    return 0 < down.shape[1] < TINY and ids.numel() <= TINY_ROWS * down.shape[0]
 
 
 class _Order(NamedTuple):
@@ -50,27 +50,30 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Y (T, N), h (T·k, width), offsets (E + 1), permutation and inverse (T·k); the last four empty unless kept."""
     k, n_experts = ids.shape[1], gate_up.shape[0]
-    kernels = grouped(x)
     nothing = ids.new_empty(0, dtype=torch.int64)
+    order = (nothing, nothing.clone(), nothing.clone())
     if not ids.numel() or not down.shape[2]:
         y, h = x.new_zeros(x.shape[0], down.shape[2]), x.new_zeros(ids.numel() if keep else 0, gate_up.shape[2])
-        return y, h, *(_order(ids, n_experts) if keep else (nothing, nothing.clone(), nothing.clone()))
-    if _is_tiny(down, ids):
-        flat = ids.reshape(-1).to(torch.int64)
-        h = kernels.tiny_dot(x, gate_up, gate_up_bias, flat, k)
-        a = activate(h.to(torch.promote_types(h.dtype, torch.float32)), activation, interleaved).to(x.dtype)
-        y = kernels.tiny_spread(a, down, down_bias, weights.reshape(-1), flat, k)
-        if not keep:
-            return y, h.new_empty(0, h.shape[1]), nothing, nothing.clone(), nothing.clone()
-        return y, h, *_order(ids, n_experts)
-    order = _order(ids, n_experts)
-    a, h = kernels.rows_activated(
-        x, gate_up, order.offsets, gate_up_bias, order.permutation // k, None, activation, interleaved, keep,
-        precision=precision,
-    )  # fmt: skip
-    rows = kernels.rows(a, down, order.offsets, down_bias, None, precision=precision)
-    y = kernels.combine(rows, weights.reshape(-1), order.inverse, order.offsets[-1], k)
-    return (y, h, *order) if keep else (y, h, nothing, nothing.clone(), nothing.clone())
+        return y, h, *(_order(ids, n_experts) if keep else order)
+    with grouped(x) as kernels:
+        if _is_tiny(down, ids):
+            flat = ids.reshape(-1).to(torch.int64)
+            h = kernels.tiny_dot(x, gate_up, gate_up_bias, flat, k)
+            a = activate(h.to(torch.promote_types(h.dtype, torch.float32)), activation, interleaved).to(x.dtype)
+            y = kernels.tiny_spread(a, down, down_bias, weights.reshape(-1), flat, k)
+            if keep:
+                return y, h, *_order(ids, n_experts)
+        else:
+            order = _order(ids, n_experts)
+            a, h = kernels.rows_activated(
+                x, gate_up, order[0], gate_up_bias, order[1] // k, None, activation, interleaved, keep,
+                precision=precision,
+            )  # fmt: skip
+            rows = kernels.rows(a, down, order[0], down_bias, None, precision=precision)
+            y = kernels.combine(rows, weights.reshape(-1), order[2], order[0][-1], k)
+            if keep:
+                return y, h, *order
+    return y, h.new_empty(0, h.shape[1]), nothing, nothing.clone(), nothing.clone()
 
 
 @_forward.register_fake
@@ -93,40 +96,43 @@ def _backward(
 
     The matrices' gradients are those of the groups that ``weight_offsets`` begin: all experts, or those with rows.
     """
-    empty = [dy.new_empty(0) for _ in _LEAVES]
-    dx, dgate_up, ddown, dweights, dgate_up_bias, ddown_bias = empty
-    k, kernels = ids.shape[1], grouped(x)
-    token = permutation // k if k else permutation
+    dx, dgate_up, ddown, dweights, dgate_up_bias, ddown_bias = [dy.new_empty(0) for _ in _LEAVES]
+    k, dy = ids.shape[1], dy if dy.stride(1) == 1 else dy.contiguous()
+    if not k:
+        return (
+            torch.zeros_like(x), torch.zeros_like(gate_up), torch.zeros_like(down), weights.clone(),
+            dy.new_zeros(gate_up.shape[0], gate_up.shape[2]), dy.new_zeros(down.shape[0], down.shape[2]),
+        )  # fmt: skip
+    token = permutation // k
     kept = torch.arange(permutation.shape[0], device=ids.device) < offsets[-1]
-    wide = torch.promote_types(weights.dtype, torch.float32)
+    wide = torch.promote_types(x.dtype, torch.float32)
     # A skipped choice's weight may be anything, NaN too.
     scale = weights.reshape(-1)[permutation].to(wide).masked_fill(~kept, 0.0)
     tiny = _is_tiny(down, ids)
-    dh = scaled = ds = None
-    if any(wanted[i] for i in (0, 1, 2, 3, 4)):
-        if tiny:
-            dh, scaled, ds = _tiny_slopes(kernels, dy, down, ids, h, scale[inverse], activation, interleaved)
-        else:
-            dh, scaled, ds = kernels.rows_activated_backward(
-                dy, down.mT, offsets, token, h, scale, activation, interleaved, precision=precision
-            )
-        if wanted[0]:
-            dx = _input_gradient(kernels, dh, gate_up, offsets, inverse, ids, precision, tiny)
-        if wanted[1]:
-            rows = permutation if tiny else None
-            dgate_up = _matrix_gradient(kernels, x, dh, weight_offsets, token, rows, gate_up, precision, tiny)
-        if wanted[2]:
-            rows = permutation if tiny else None
-            ddown = _matrix_gradient(kernels, scaled, dy, weight_offsets, rows, token, down, precision, tiny)
-        if wanted[3]:
-            if down_bias is not None:
-                extra = kernels.rows(dy.to(wide), down_bias.to(wide).unsqueeze(2), offsets, None, token).squeeze(1)
-                ds = ds + (extra[inverse] if tiny else extra)
-            dweights = (ds if tiny else ds[inverse]).to(weights.dtype).view(weights.shape)
-        if wanted[4]:
-            dgate_up_bias = kernels.column_sums(dh, offsets, permutation if tiny else None, None)
-    if wanted[5]:
-        ddown_bias = kernels.column_sums(dy, offsets, token, scale)
+    slots = permutation if tiny else None
+    with grouped(x) as kernels:
+        if any(wanted[:5]):
+            if tiny:
+                dh, scaled, ds = _tiny_slopes(kernels, dy, down, ids, h, scale[inverse], activation, interleaved)
+            else:
+                dh, scaled, ds = kernels.rows_activated_backward(
+                    dy, down.mT, offsets, token, h, scale, activation, interleaved, precision=precision
+                )
+            if wanted[0]:
+                dx = _input_gradient(kernels, dh, gate_up, offsets, inverse, ids, precision, tiny)
+            if wanted[1]:
+                dgate_up = _matrix_gradient(kernels, x, dh, weight_offsets, token, slots, gate_up, precision, tiny)
+            if wanted[2]:
+                ddown = _matrix_gradient(kernels, scaled, dy, weight_offsets, slots, token, down, precision, tiny)
+            if wanted[3]:
+                if down_bias is not None:
+                    extra = kernels.rows(dy.to(wide), down_bias.to(wide).unsqueeze(2), offsets, None, token).squeeze(1)
+                    ds = ds + (extra[inverse] if tiny else extra)
+                dweights = (ds if tiny else ds[inverse]).to(weights.dtype).view(weights.shape)
+            if wanted[4]:
+                dgate_up_bias = kernels.column_sums(dh, offsets, slots, None)
+        if wanted[5]:
+            ddown_bias = kernels.column_sums(dy, offsets, token, scale)
     return dx, dgate_up, ddown, dweights, dgate_up_bias, ddown_bias
 
 
@@ -134,7 +140,7 @@ def _tiny_slopes(
     kernels: Any, dy: Tensor, down: Tensor, ids: Tensor, h: Tensor, scale: Tensor, activation: str, interleaved: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dh, w·a and ⟨d, a⟩ of all choices, in order of tokens."""
-    d = kernels.tiny_dot(dy, down.mT, None, ids.reshape(-1).to(torch.int64), ids.shape[1]).to(scale.dtype)
+    d = kernels.tiny_dot(dy, down.mT, None, ids.reshape(-1).to(torch.int64), ids.shape[1], dtype=scale.dtype)
     a, dh = activate_backward(h, d * scale.unsqueeze(1), activation, interleaved)
     return dh.to(h.dtype), (a * scale.unsqueeze(1)).to(h.dtype), (d * a).sum(1)
 
@@ -203,6 +209,8 @@ def _autograd(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | 
     if dy is None:
         return (None,) * 12
     if torch.is_grad_enabled():
+        if ctx.sparse_grad:
+            raise RuntimeError("expert_mlp with sparse_grad can be differentiated once")
         found = _differentiable(ctx, dy, needs)
     else:
         touched = (offsets[1:] > offsets[:-1]).nonzero().squeeze(1) if ctx.sparse_grad else None

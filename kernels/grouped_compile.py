@@ -150,7 +150,7 @@ def _kind_of(name: str, product: Product) -> str:
         return "*i64"
     if name == "Experts":
         return "*i32"
-    return "i32" if name.startswith(("n_", "stride")) or name in ("K", "M", "N") else "constexpr"
+    return "i32" if name.startswith(("n_", "stride")) or name in ("K", "M", "N", "most") else "constexpr"
 
 
 def shipped(chip: int, dtype: torch.dtype, precision: str = "ieee", *, aligned: bool = True) -> Iterator[Product]:

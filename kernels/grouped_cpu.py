@@ -38,10 +38,11 @@ FEW = 48  # rows of a task that are too few to make up for packing column by col
 PACKED = 32768  # numbers of a weight that are packed at a time
 SIDE = 96  # columns of the left matrix in a task of an outer product
 TERMS = 384  # rows that such a task sums in registers
+# Only what takes this is cached on disk: the parts it is made of would not notice a change in the vectors.
 LIBRARY = source_digest(vectors_cpu)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@njit(nogil=True, error_model="numpy")
 def _tile(height, wide, fresh, to, to_step, rows, skip, a_step, panels, first_line, depth):
     """Add Σ_k a_i[skip + k] · panel[k, :] to ``height`` lines at ``to``.
 
@@ -62,7 +63,7 @@ def _tile(height, wide, fresh, to, to_step, rows, skip, a_step, panels, first_li
         micro1(wide, fresh, to, to_step, addresses, skip, a_step, panel, depth)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@njit(nogil=True, error_model="numpy")
 def _strips(count, columns, fresh, tile, direct, direct_step, rows, skip, a_step, panels, depth):
     """Add the packed product to tiles of ``count`` lines a panel, or write it to ``direct`` unless that is 0."""
     width, i = LINE // tile.itemsize, 0
@@ -76,7 +77,7 @@ def _strips(count, columns, fresh, tile, direct, direct_step, rows, skip, a_step
         i += height
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@njit(nogil=True, error_model="numpy")
 def _finish(tile, tag, i, count, columns, bias, direct, target):
     """Write line i of the tiles, plus a bias unless that is empty, to ``target``; what is direct is there already."""
     width, source = LINE // tile.itemsize, tile.ctypes.data
@@ -92,7 +93,7 @@ def _finish(tile, tag, i, count, columns, bias, direct, target):
             round_line(tag, tile, at, source + line * tile.itemsize)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@njit(nogil=True, error_model="numpy")
 def _pack(tag, wide, source, step_k, step_n, depth, columns, panels, ahead):
     """Copy (depth, columns), elements step_k and step_n apart, to panels of ``LINE`` bytes by depth, padded with 0.
 
@@ -166,7 +167,7 @@ def multiply(
                 _finish(tile, out, i, count, here, row, direct, target + i * columns * size)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@njit(nogil=True, error_model="numpy")
 def _copy_rows(tag, wide, source, step, gather, gathered, start, count, first, columns, target):
     """Copy columns of rows start … start + count − 1, widened, to panels of ``count`` lines, the last not padded."""
     width = LINE // wide.itemsize

@@ -26,7 +26,8 @@ PRECISIONS = ("ieee", "tf32x3", "tf32")
 def _grouped_mm(
     x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, gather: Tensor | None, precision: str = "ieee"
 ) -> Tensor:
-    y: Tensor = grouped(x).rows(x, weight, offsets, bias, gather, precision=precision)
+    with grouped(x) as kernels:
+        y: Tensor = kernels.rows(x, weight, offsets, bias, gather, precision=precision)
     return y
 
 
@@ -36,12 +37,12 @@ def _grouped_outer(
     precision: str = "ieee",
 ) -> Tensor:  # fmt: skip
     """Σ over each group's rows of xᵀ·grad: (E, K, N), stored as (E, N, K) if transposed; x None is a column of ones."""
-    kernels = grouped(grad)
     out: Tensor
-    if x is None:
-        out = kernels.column_sums(grad, offsets, None, None).unsqueeze(1)
-    else:
-        out = kernels.outer(x, grad, offsets, gather, None, transposed, precision=precision)
+    with grouped(grad) as kernels:
+        if x is None:
+            out = kernels.column_sums(grad, offsets, None, None).unsqueeze(1)
+        else:
+            out = kernels.outer(x, grad, offsets, gather, None, transposed, precision=precision)
     return out
 
 
@@ -51,11 +52,11 @@ def _activated(
     activation: str, interleaved: bool, keep: bool, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Y (R, F) and, if kept, h (R, N), else h of no rows."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    scale = None if row_weight is None else row_weight.to(wide)
-    y, h = grouped(x).rows_activated(
-        x, weight, offsets, bias, gather, scale, activation, interleaved, keep, precision=precision
-    )
+    scale = None if row_weight is None else row_weight.to(torch.promote_types(x.dtype, torch.float32))
+    with grouped(x) as kernels:
+        y, h = kernels.rows_activated(
+            x, weight, offsets, bias, gather, scale, activation, interleaved, keep, precision=precision
+        )
     return y, h
 
 
@@ -77,12 +78,37 @@ def _(
     return grad.new_empty(n_experts, n_features, n_out)
 
 
-def _scatter_rows(rows: Tensor, gather: Tensor | None, n_rows: int) -> Tensor:
-    """Add rows up where they were gathered from; index_put is deterministic on every device, index_add is not."""
-    if gather is None:
-        return rows
+@torch.library.custom_op("moesaic::scatter_rows", mutates_args=())
+def _scatter(rows: Tensor, gather: Tensor, n_rows: int) -> Tensor:
+    """Add rows (R, N) up where they were gathered from: (n_rows, N), in float32 and a fixed order.
+
+    An op, because a compiler would make atomic additions of it; index_put as it stands sorts first.
+    """
     wide = torch.promote_types(rows.dtype, torch.float32)
     return rows.new_zeros(n_rows, rows.shape[1], dtype=wide).index_put((gather,), rows.to(wide), True).to(rows.dtype)
+
+
+@_scatter.register_fake
+def _(rows: Tensor, gather: Tensor, n_rows: int) -> Tensor:
+    return rows.new_empty(n_rows, rows.shape[1])
+
+
+def _scatter_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+_scatter.register_autograd(_scatter_backward, setup_context=_scatter_setup)
+
+
+def _scatter_rows(rows: Tensor, gather: Tensor | None, n_rows: int) -> Tensor:
+    if gather is None:
+        return rows
+    out: Tensor = _scatter(rows, gather, n_rows)
+    return out
 
 
 def _is_transposed(weight: Tensor) -> bool:
@@ -196,12 +222,17 @@ def check_product(x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "w
     """
     if not x.is_floating_point() or x.dtype != weight.dtype:
         raise ValueError(f"x and {name} must have one floating-point dtype, got {x.dtype} and {weight.dtype}")
-    if x.device != weight.device:
-        raise ValueError(f"x and {name} must be on one device, got {x.device} and {weight.device}")
     shape = (weight.shape[0], weight.shape[2])
     if bias is not None and (bias.shape != shape or bias.dtype != x.dtype):
         owner = "bias" if name == "weight" else f"{name}_bias"
         raise ValueError(f"{owner} must be {x.dtype} {shape}, got {bias.dtype} {tuple(bias.shape)}")
+
+
+def check_devices(x: Tensor, **others: Tensor | None) -> None:
+    """Raise a ValueError for an argument on another device than x."""
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {other.device}")
 
 
 def check_precision(precision: str) -> None:
@@ -220,6 +251,7 @@ def _check(
     if x.ndim != 2 or x.shape[1] != n_features:
         raise ValueError(f"x must have shape (rows, {n_features}) to match weight, got {tuple(x.shape)}")
     check_product(x, weight, bias)
+    check_devices(x, weight=weight, offsets=offsets, bias=bias, gather=gather, row_weight=row_weight)
     if n_experts < 1 or offsets.shape != (n_experts + 1,) or offsets.dtype != torch.int64:
         raise ValueError(f"offsets must be int64 ({n_experts + 1},), got {offsets.dtype} {tuple(offsets.shape)}")
     if gather is not None and (gather.ndim != 1 or gather.dtype != torch.int64):

@@ -373,15 +373,17 @@ def _inside(ids: Tensor, n_experts: int) -> Tensor:
     return ((ids >= 0) & (ids < n_experts)).nonzero().squeeze(1)
 
 
-def tiny_dot(x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, k: int) -> Tensor:
-    """Return h (T·k, N), N < 32: h_s = x_{s // k} W_{ids_s} + b, zeros where ids is outside 0…E−1."""
-    dtype, (n_experts, _, n_out) = _wide(x, weight), weight.shape
+def tiny_dot(
+    x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, k: int, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return h (T·k, N), N < 32, in ``dtype`` or x's: h_s = x_{s // k} W_{ids_s} + b, zeros for ids outside 0…E−1."""
+    given, dtype, (n_experts, _, n_out) = dtype or x.dtype, _wide(x, weight), weight.shape
     if not _in_numba(x, weight, ids):
-        out = x.new_zeros(ids.numel(), n_out)
+        out = x.new_zeros(ids.numel(), n_out, dtype=given)
         for slots in _inside(ids, n_experts).split(4096):
             chosen = ids[slots]
             part = torch.bmm(_picked(x, slots // k).unsqueeze(1), _picked(weight, chosen)).squeeze(1)
-            out[slots] = (part if bias is None else part + _picked(bias, chosen)).to(x.dtype)
+            out[slots] = (part if bias is None else part + _picked(bias, chosen)).to(given)
         return out
     twin, wide = numba_twin("tiny_cpu"), torch.empty(ids.numel(), n_out, dtype=dtype)
     weight, bias = _matching(weight, dtype), None if bias is None else _matching(bias, weight.dtype).contiguous()
@@ -391,7 +393,7 @@ def tiny_dot(x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, k: int
     )  # fmt: skip
     costs = np.full(ids.numel(), weight.shape[1] * n_out)
     _run(lambda begin, end: twin.dot(begin, end, *arguments), costs, twin.get_num_threads())
-    return wide.to(x.dtype)
+    return wide.to(given)
 
 
 def _matching(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -46,7 +46,7 @@ def _rows_of(tile, Experts, First, Offsets, n_experts, n_rows, BLOCK_M: tl.const
     """Return a tile's expert, its rows and which of them are its own; others are clamped to rows that exist."""
     expert = tl.load(Experts + tile)
     first = tl.load(First + tile)
-    end = tl.load(Offsets + expert + 1, mask=expert < n_experts, other=n_rows)
+    end = tl.minimum(tl.load(Offsets + expert + 1, mask=expert < n_experts, other=n_rows), n_rows)
     rows = first + tl.arange(0, BLOCK_M)
     return expert, tl.minimum(rows, n_rows - 1), rows < end
 
@@ -171,16 +171,17 @@ def _split(tile):
     return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
 
 
-@triton.jit
-def _rows_kernel(X, W, Bias, Gather, Scale, Out, H, Experts, First, Offsets, Count, n_rows, n_experts, K, n_out,
-                 stride_xm, stride_we, stride_wk, stride_wn,
+@triton.jit(do_not_specialize=["n_rows", "n_experts", "most"])
+def _rows_kernel(X, W, Bias, Gather, Scale, Out, H, Experts, First, Offsets, Count, most, n_rows, n_experts, K,
+                 n_out, stride_xm, stride_we, stride_wk, stride_wn,
                  HAS_BIAS: tl.constexpr, HAS_GATHER: tl.constexpr, HAS_SCALE: tl.constexpr, KEEP: tl.constexpr,
                  ACT: tl.constexpr, HALVES: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART_N: tl.constexpr, GROUP: tl.constexpr,
                  SWAP: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Write a (R, n_out) and, if KEEP, h (R, n_out or 2 n_out)."""
     WIDTH: tl.constexpr = 2 * BLOCK_N if HALVES == 2 else BLOCK_N
-    n_tiles = tl.load(Count).to(tl.int32)
+    # Offsets that do not rise to R at most could name more tiles than there is room for.
+    n_tiles = tl.minimum(tl.load(Count), most).to(tl.int32)
     n_blocks = tl.cdiv(n_out, BLOCK_N)
     n_columns = 2 * n_out if HALVES == 2 else n_out
     for item in range(tl.program_id(0), n_tiles * n_blocks, tl.num_programs(0)):
@@ -241,15 +242,16 @@ def _store_slopes_in_parts(d, H, Dh, Scaled, rows, mine, scale, column, n_out, A
                                              BLOCK_M, HALF, PART_N)  # fmt: skip
 
 
-@triton.jit
-def _backward_kernel(G, W, Gather, Scale, H, Dh, Scaled, Partial, Experts, First, Offsets, Count, n_rows, n_experts, K,
-                     n_out, stride_xm, stride_we, stride_wk, stride_wn,
+@triton.jit(do_not_specialize=["n_rows", "n_experts", "most"])
+def _backward_kernel(G, W, Gather, Scale, H, Dh, Scaled, Partial, Experts, First, Offsets, Count, most, n_rows,
+                     n_experts, K, n_out, stride_xm, stride_we, stride_wk, stride_wn,
                      HAS_GATHER: tl.constexpr, HAS_SCALE: tl.constexpr, ACT: tl.constexpr, HALVES: tl.constexpr,
                      LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                      PART_N: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr,
                      PRECISION: tl.constexpr):  # fmt: skip
     """Write dh (R, n_out or 2 n_out), s·a (R, n_out), and ⟨d, a⟩ of every block of columns (R, blocks)."""
-    n_tiles = tl.load(Count).to(tl.int32)
+    # Offsets that do not rise to R at most could name more tiles than there is room for.
+    n_tiles = tl.minimum(tl.load(Count), most).to(tl.int32)
     n_blocks = tl.cdiv(n_out, BLOCK_N)
     for item in range(tl.program_id(0), n_tiles * n_blocks, tl.num_programs(0)):
         tile, block = _place(item, n_tiles, n_blocks, GROUP)
@@ -282,8 +284,10 @@ def constants(tile: Tile, w: Weights, activation: str, interleaved: bool, depth:
     }  # fmt: skip
 
 
-def _inner_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+def _readable(x: Tensor, *others: Tensor | None) -> list[Any]:
+    """Return x with contiguous rows, and all others contiguous: kernels take no strides of theirs."""
+    rows = x if x.stride(1) == 1 else x.contiguous()
+    return [rows, *(None if other is None else other.contiguous() for other in others)]
 
 
 def rows(
@@ -301,7 +305,7 @@ def rows_activated(
     activation: str, interleaved: bool, keep: bool, *, precision: str = "ieee", tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return a (R, F) and, if ``keep``, h (R, N), else h of no rows; zeros from offsets[E] on."""
-    x = _inner_contiguous(x)
+    x, offsets, bias, gather, row_weight = _readable(x, offsets, bias, gather, row_weight)
     n_experts, depth, width = weight.shape
     n_rows = x.shape[0] if gather is None else gather.shape[0]
     halves = _halves(activation, interleaved)
@@ -325,8 +329,8 @@ def rows_activated(
     experts, first, count, most = tile_list(offsets, n_rows, tile.block_m)
     grid = (min(most * triton.cdiv(n_out, tile.block_n), multiprocessors(x.device) * tile.programs),)
     _rows_kernel[grid](
-        x, w.operand, bias if bias is None else bias.contiguous(), gather, row_weight, out, h, experts, first, offsets,
-        count, n_rows, n_experts, depth, n_out, x.stride(0), *weight.stride(), HAS_BIAS=bias is not None,
+        x, w.operand, bias, gather, row_weight, out, h, experts, first, offsets,
+        count, most, n_rows, n_experts, depth, n_out, x.stride(0), *weight.stride(), HAS_BIAS=bias is not None,
         HAS_GATHER=gather is not None, HAS_SCALE=row_weight is not None, KEEP=keep,
         **constants(tile, w, activation, interleaved, depth, precision), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -338,7 +342,8 @@ def rows_activated_backward(
     activation: str, interleaved: bool, *, precision: str = "ieee", tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return dh (R, N), s·a (R, F) and ⟨d, a⟩ (R,), d = grad rows times weight (E, ·, F); zeros from offsets[E]."""
-    grad = _inner_contiguous(grad)
+    grad, offsets, gather, row_weight = _readable(grad, offsets, gather, row_weight)
+    h = h.contiguous()
     n_experts, depth, n_out = weight.shape
     n_rows = h.shape[0]
     dh, scaled = torch.empty_like(h), h.new_empty(n_rows, n_out)
@@ -359,8 +364,8 @@ def rows_activated_backward(
     experts, first, count, most = tile_list(offsets, n_rows, tile.block_m)
     grid = (min(most * blocks, multiprocessors(h.device) * tile.programs),)
     _backward_kernel[grid](
-        grad, w.operand, gather, row_weight, h, dh, scaled, partial, experts, first, offsets, count, n_rows, n_experts,
-        depth, n_out, grad.stride(0), *weight.stride(), HAS_GATHER=gather is not None,
+        grad, w.operand, gather, row_weight, h, dh, scaled, partial, experts, first, offsets, count, most, n_rows,
+        n_experts, depth, n_out, grad.stride(0), *weight.stride(), HAS_GATHER=gather is not None,
         HAS_SCALE=row_weight is not None,
         **constants(tile, w, activation, interleaved, depth, precision), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

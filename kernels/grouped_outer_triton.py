@@ -29,8 +29,8 @@ def _rows_at(Rows, Gather, row, end, HAS_GATHER: tl.constexpr, BLOCK: tl.constex
     return at.to(tl.int64), inside
 
 
-@triton.jit
-def _outer_kernel(A, B, GatherA, GatherB, Out, Experts, Offsets, Count, n_experts, M, N, stride_am, stride_bm,
+@triton.jit(do_not_specialize=["n_rows", "n_experts"])
+def _outer_kernel(A, B, GatherA, GatherB, Out, Experts, Offsets, Count, n_rows, n_experts, M, N, stride_am, stride_bm,
                   stride_oe, stride_om, HAS_GATHER_A: tl.constexpr, HAS_GATHER_B: tl.constexpr, LISTED: tl.constexpr,
                   EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
@@ -43,7 +43,7 @@ def _outer_kernel(A, B, GatherA, GatherB, Out, Experts, Offsets, Count, n_expert
         ms = within // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
         ns = within % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
         if expert < n_experts:
-            start, end = tl.load(Offsets + expert), tl.load(Offsets + expert + 1)
+            start, end = tl.load(Offsets + expert), tl.minimum(tl.load(Offsets + expert + 1), n_rows)
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for row in range(start, end, BLOCK_K):
                 rows_a, inside = _rows_at(A, GatherA, row, end, HAS_GATHER_A, BLOCK_K)
@@ -58,8 +58,8 @@ def _outer_kernel(A, B, GatherA, GatherB, Out, Experts, Offsets, Count, n_expert
             tl.store(at, acc.to(Out.dtype.element_ty), mask=(ms < M)[:, None] & (ns < N)[None, :])
 
 
-@triton.jit
-def _sum_kernel(B, GatherB, Scale, Out, Experts, Offsets, Count, n_experts, N, stride_bm, stride_oe,
+@triton.jit(do_not_specialize=["n_rows", "n_experts"])
+def _sum_kernel(B, GatherB, Scale, Out, Experts, Offsets, Count, n_rows, n_experts, N, stride_bm, stride_oe,
                 HAS_GATHER_B: tl.constexpr, HAS_SCALE: tl.constexpr, LISTED: tl.constexpr, BLOCK_N: tl.constexpr,
                 BLOCK_K: tl.constexpr):  # fmt: skip
     """Write Out[e, n] = Σ_r s_r B[r, n]."""
@@ -69,7 +69,7 @@ def _sum_kernel(B, GatherB, Scale, Out, Experts, Offsets, Count, n_experts, N, s
         expert = tl.load(Experts + item // blocks_n) if LISTED else item // blocks_n
         ns = item % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
         if expert < n_experts:
-            start, end = tl.load(Offsets + expert), tl.load(Offsets + expert + 1)
+            start, end = tl.load(Offsets + expert), tl.minimum(tl.load(Offsets + expert + 1), n_rows)
             acc = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
             for row in range(start, end, BLOCK_K):
                 rows, inside = _rows_at(B, GatherB, row, end, HAS_GATHER_B, BLOCK_K)
@@ -91,6 +91,10 @@ def _visited(offsets: Tensor, n_rows: int, shape: tuple[int, ...], like: Tensor)
     return like.new_zeros(shape), experts, count, most
 
 
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 def outer(
     x: Tensor | None, grad: Tensor, offsets: Tensor, gather: Tensor | None, grad_gather: Tensor | None,
     transposed: bool, *, precision: str = "ieee", tile: Tile | None = None,
@@ -99,6 +103,7 @@ def outer(
     if x is None:
         return column_sums(grad, offsets, grad_gather, None).unsqueeze(1)
     x, grad = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (x, grad))
+    offsets, gather, grad_gather = offsets.contiguous(), _contiguous(gather), _contiguous(grad_gather)
     if transposed:
         return _outer(grad, x, offsets, grad_gather, gather, precision, tile).mT
     return _outer(x, grad, offsets, gather, grad_gather, precision, tile)
@@ -122,7 +127,7 @@ def _outer(
         tile = choose(shape, a.device, again)
     items = visited * triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
     _outer_kernel[(min(items, multiprocessors(a.device) * tile.programs),)](
-        a, b, gather_a, gather_b, out, experts, offsets, count, n_experts, m, n, a.stride(0), b.stride(0),
+        a, b, gather_a, gather_b, out, experts, offsets, count, n_rows, n_experts, m, n, a.stride(0), b.stride(0),
         out.stride(0), out.stride(1), HAS_GATHER_A=gather_a is not None, HAS_GATHER_B=gather_b is not None,
         LISTED=experts is not None, EVEN=m % tile.block_m == 0 and n % tile.block_n == 0, BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
@@ -133,6 +138,7 @@ def _outer(
 def column_sums(grad: Tensor, offsets: Tensor, gather: Tensor | None, scale: Tensor | None) -> Tensor:
     """Return Σ_r s_r grad_g(r) over each expert's rows: (E, N); scale (R,) float32 or None for ones."""
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
+    offsets, gather, scale = offsets.contiguous(), _contiguous(gather), _contiguous(scale)
     n_experts, n = offsets.shape[0] - 1, grad.shape[1]
     n_rows = grad.shape[0] if gather is None else gather.shape[0]
     out, experts, count, visited = _visited(offsets, n_rows, (n_experts, n), grad)
@@ -141,7 +147,7 @@ def column_sums(grad: Tensor, offsets: Tensor, gather: Tensor | None, scale: Ten
     block_n = min(128, triton.next_power_of_2(n))
     items = visited * triton.cdiv(n, block_n)
     _sum_kernel[(min(items, 8 * multiprocessors(grad.device)),)](
-        grad, gather, scale, out, experts, offsets, count, n_experts, n, grad.stride(0), out.stride(0),
+        grad, gather, scale, out, experts, offsets, count, n_rows, n_experts, n, grad.stride(0), out.stride(0),
         HAS_GATHER_B=gather is not None, HAS_SCALE=scale is not None, LISTED=experts is not None, BLOCK_N=block_n,
         BLOCK_K=16, num_warps=4,
     )  # fmt: skip

@@ -89,7 +89,7 @@ def choose(shape: Shape, device: torch.device, launch: Callable[[Tile], object])
         return closed_form(shape, INTERPRETED)
     from moesaic.kernels import tuning
 
-    tile, known = closed_form(shape, architecture(device)), table(chip(device))
+    tile, known = closed_form(shape, architecture(device), shared_bytes(device)), table(chip(device))
     if shape.key not in known and tuning.enabled():
 
         def measure(tile: Tile) -> float:
@@ -104,14 +104,17 @@ def exact(dtype: torch.dtype, precision: str) -> bool:
     return dtype == torch.float32 and precision == "ieee"
 
 
-def closed_form(shape: Shape, architecture: int) -> Tile:
+def closed_form(shape: Shape, architecture: int, shared: int | None = None) -> Tile:
     """Return the tile that follows from a shape alone, for compute capability 80, 90 or 100.
 
+    ``shared``: bytes of shared memory that a program may take, by default those of `SHARED_BYTES`. A chip that has less
+    gets fewer stages, and narrower blocks where two do not fit.
     Widths are the largest at which the compiler spills no register, stages and programs those that shared memory holds.
     """
     kind, narrow = shape.kind, shape.dtype.itemsize == 2
+    room = (shared or SHARED_BYTES[architecture]) - _RESERVED_BYTES
     if kind == "outer":
-        return _outer(shape, architecture, narrow)
+        return _outer(shape, narrow, room)
     block_m = next((block for block, below in ((16, 24), (32, 64), (64, 256)) if shape.per_expert < below), 128)
     double = kind in ("up", "interleaved")
     if exact(shape.dtype, shape.precision):
@@ -121,7 +124,7 @@ def closed_form(shape: Shape, architecture: int) -> Tile:
     block_k = _power(shape.depth, 16, (64 if narrow else 32) // (1 if shape.aligned else 2))
     if block_m < 64:
         block_n, warps = 64 if kind in ("backward", "interleaved") else 128, 4 if shape.aligned else 8
-        return _filled(Tile(block_m, block_n, block_k, warps, 3, swap=True), shape, double, architecture, most=4)
+        return _filled(Tile(block_m, block_n, block_k, warps, 3, swap=True), shape, double, room, most=4)
     if kind == "backward" and not shape.aligned:
         block_m = 64
     wide = 256 if kind == "rows" else 128
@@ -131,23 +134,25 @@ def closed_form(shape: Shape, architecture: int) -> Tile:
     outputs = block_m * block_n * (2 if double else 1)
     few = (block_m == 64 and architecture >= 90) or outputs <= 64 * (128 if narrow else 64)
     warps = 4 if few and shape.aligned else 8
-    return _filled(Tile(block_m, block_n, block_k, warps, 4), shape, double, architecture, most=128 // block_m)
+    return _filled(Tile(block_m, block_n, block_k, warps, 4), shape, double, room, most=128 // block_m)
 
 
-def _outer(shape: Shape, architecture: int, narrow: bool) -> Tile:
+def _outer(shape: Shape, narrow: bool, room: int) -> Tile:
     if exact(shape.dtype, shape.precision):
         return Tile(_power(shape.depth, 16, 64), _power(shape.n_out, 16, 64), 16, 4, 2, programs=2)
     block_m = _power(shape.depth, 64, 128)
     block_n = _power(shape.n_out, 16, 256 if narrow and shape.aligned else 128)
     block_k = (64 if narrow else 32) // (1 if shape.aligned else 2)
     tile = Tile(block_m, block_n, block_k, 8 if block_m * block_n > 64 * 128 else 4, 4)
-    return _filled(tile, shape, False, architecture, most=1)
+    return _filled(tile, shape, False, room, most=1)
 
 
-def _filled(tile: Tile, shape: Shape, double: bool, architecture: int, most: int) -> Tile:
+def _filled(tile: Tile, shape: Shape, double: bool, room: int, most: int) -> Tile:
     """Return the tile with as many stages, at most its own, and programs, at most ``most``, as shared memory holds."""
     stage = (tile.block_m + tile.block_n * (2 if double else 1)) * tile.block_k * shape.dtype.itemsize
-    room = SHARED_BYTES[min(SHARED_BYTES, key=lambda known: abs(known - architecture))] - _RESERVED_BYTES
+    while 2 * stage > room and tile.block_n > 16:
+        tile = replace(tile, block_n=tile.block_n // 2)
+        stage = (tile.block_m + tile.block_n * (2 if double else 1)) * tile.block_k * shape.dtype.itemsize
     stages = max(2, min(tile.stages, room // stage))
     return replace(tile, stages=stages, programs=max(1, min(most, room // (stages * stage + _RESERVED_BYTES))))
 
@@ -174,9 +179,16 @@ def chip(device: torch.device) -> str:
 
 @cache
 def architecture(device: torch.device) -> int:
-    """Return a GPU's compute capability as one number, 90 for 9.0."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    """Return the key of `SHARED_BYTES` that a GPU's compute capability falls under."""
+    major, _ = torch.cuda.get_device_capability(device)
+    return 80 if major < 9 else 90 if major < 10 else 100
+
+
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """Return the bytes of shared memory that one program may take on a GPU; where PyTorch does not say, an A100's."""
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES[80]))
 
 
 @cache

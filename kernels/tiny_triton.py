@@ -235,7 +235,9 @@ def dot_arguments(weight: Tensor, bias: Tensor | None, k: int) -> tuple[dict[str
     return constants, (*sizes, *(bias.stride() if bias is not None else (0, 0)))
 
 
-def tiny_dot(x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, k: int) -> Tensor:
+def tiny_dot(
+    x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, k: int, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """Every choice's product with its expert: `h_s = x_{s // k} W_{ids_s} + b`, zeros where ids is outside 0…E−1.
 
     Args:
@@ -244,13 +246,14 @@ def tiny_dot(x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, k: int
         bias: (E, N) or None.
         ids: (T·k,) integers.
         k: choices of a token.
+        dtype: of the result; None is that of x.
 
     Returns:
-        (T·k, N) in the dtype of x.
+        (T·k, N).
     """
     x, ids = x.contiguous(), ids.contiguous()
     n_slots, n_out = ids.numel(), weight.shape[2]
-    out = x.new_empty(n_slots, n_out)
+    out = x.new_empty(n_slots, n_out, dtype=dtype or x.dtype)
     if out.numel():
         constants, sizes = dot_arguments(weight, bias, k)
         grid = (triton.cdiv(n_slots, constants["SLOTS"]), triton.cdiv(n_out, constants["BLOCK_S"]))

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.errors import TritonError
 
 from moesaic.kernels.tiles import Tile
 
@@ -58,7 +59,7 @@ def seconds() -> float:
 
 def folder(chip: str) -> Path:
     """Return where a chip's times lie: in ``$XDG_CACHE_HOME`` or ``~/.cache``, by versions of Triton and kernels."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     return root / "moesaic" / "tiles" / f"{chip.replace(' ', '-')}-triton-{triton.__version__}-{_digest()}"
 
 
@@ -73,7 +74,11 @@ def _digest() -> str:
 def stored(chip: str) -> dict[str, dict[str, Any]]:
     """Return the best tile of every shape that was tuned to the end on a chip; broken files are left out."""
     found = {}
-    for path in sorted(folder(chip).glob("*.json")):
+    try:
+        paths = sorted(folder(chip).glob("*.json"))
+    except (RuntimeError, OSError):  # no home folder, or one that cannot be read
+        return {}
+    for path in paths:
         record = _read(path)
         if record.get("done") and record.get("times"):
             shape, tile = _best(record)
@@ -107,11 +112,12 @@ def tune(
             continue
         try:
             taken: float | None = measure(tile)
-        except (RuntimeError, triton.CompilationError, triton.OutOfResources) as error:
+        except TritonError as error:
+            # The compiler's or the launcher's refusal; another error says nothing about the tile, and ends the tuning.
             if tile == first:
                 raise
             taken = None
-            record.setdefault("refused", []).append(f"{tile}: {str(error).splitlines()[0][:200]}")
+            record.setdefault("refused", []).append(f"{tile}: {str(error)[:200]}")
         tried.append(tile)
         record["times"].append([asdict(tile), taken])
         _write(path, record)
@@ -149,7 +155,7 @@ def candidates(first: Tile) -> Sequence[Tile]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        _ = [Tile(**sizes) for sizes, _ in record["times"]]
+        _ = record["shape"], [Tile(**sizes) for sizes, _ in record["times"]]
     except (OSError, ValueError, TypeError, KeyError):
         return {}
     return dict(record)

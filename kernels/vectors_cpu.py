@@ -300,7 +300,7 @@ def write(typingctx, tag, target, value):
     return types.void(tag, types.int64, value), code
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@njit(nogil=True, error_model="numpy")
 def aligned(wide, size):
     """Return an uninitialised array that starts on a cache line."""
     raw = np.empty(size + LINE // wide.itemsize, wide.dtype)

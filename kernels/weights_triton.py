@@ -32,7 +32,7 @@ def weights(weight: Tensor, block_k: int, block_n: int, *, exact: bool) -> Weigh
     """
     strides = weight.stride()
     contiguous = next((name for name, d in (("n", 2), ("k", 1)) if strides[d] == 1 or weight.shape[d] == 1), "any")
-    if contiguous == "any" or exact or not _copies_tiles(weight.device) or not aligned(weight):
+    if contiguous == "any" or exact or not weight.numel() or not _copies_tiles(weight.device) or not aligned(weight):
         return Weights(weight, contiguous)
     view, block = (weight, (1, block_k, block_n)) if contiguous == "n" else (weight.mT, (1, block_n, block_k))
     if view.stride(2) != 1 or min(view.stride()) < 1:

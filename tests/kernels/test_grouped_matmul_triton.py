@@ -305,6 +305,43 @@ def with_gradients(function: Callable[..., Tensor], leaves: dict[str, Tensor], u
     return [y.detach(), *torch.autograd.grad(y, list(given.values()), upstream.to(dtype))]
 
 
+def strided() -> list[str]:
+    """Index and weight arguments that are views, and sizes of zero."""
+    from moesaic.kernels import expert_mlp, grouped_matmul
+
+    os.environ["MOESAIC_BACKEND"] = "triton"
+    found = []
+    n_rows, counts = 30, [5, 0, 20]
+    x, weight, offsets = draw(12, 24, seed=0), draw(3, 24, 16, seed=1), offsets_of(counts)
+    gather = torch.randint(0, 12, (n_rows,), generator=torch.Generator().manual_seed(2))
+    scale, bias = draw(n_rows, seed=3), draw(3, 16, seed=4)
+    plain: dict[str, Any] = {"offsets": offsets, "bias": bias, "gather": gather, "row_weight": scale}
+    views = {name: torch.stack([value, value * 0 + 1], -1)[..., 0] for name, value in plain.items()}
+    for name, view in views.items():
+        if view.is_contiguous() or not torch.equal(
+            grouped_matmul(x, weight, **(plain | {name: view})), grouped_matmul(x, weight, **plain)
+        ):
+            found.append(name)
+    ids, gates = torch.randint(0, 3, (12, 1), generator=torch.Generator().manual_seed(5)), draw(12, 4, seed=6)
+    up, down = draw(3, 24, 2 * 18, seed=7), draw(3, 18, 24, seed=8)
+    for given in (gates[:, :1], gates[:1, :1].expand(12, 1)):
+        if not torch.equal(expert_mlp(x, up, down, given, ids), expert_mlp(x, up, down, given.contiguous(), ids)):
+            found.append(f"gate weights of strides {given.stride()}")
+    for tokens, width, d_ff, k in ((12, 24, 18, 0), (12, 0, 18, 1), (12, 24, 0, 1), (0, 24, 18, 0)):
+        shapes = {"x": (tokens, width), "gate_up": (3, width, 2 * d_ff), "down": (3, d_ff, 5), "weights": (tokens, k)}
+        for dtype in (torch.float32, torch.float16):
+            leaves = {name: draw(*size, seed=0, dtype=dtype) for name, size in shapes.items()}
+            options = {"ids": torch.zeros(tokens, k, dtype=torch.int64)}
+            y, *grads = with_gradients(expert_mlp, leaves, torch.ones(tokens, 5), dtype, options)
+            if (
+                y.any()
+                or y.shape != (tokens, 5)
+                or [g.shape for g in grads] != [leaf.shape for leaf in leaves.values()]
+            ):
+                found.append(f"{tokens, width, d_ff, k, dtype}")
+    return found
+
+
 def repeats() -> list[str]:
     def bits() -> list[Tensor]:
         x, weight, offsets = draw(90, 40, seed=0), draw(3, 40, 48, seed=1), offsets_of([70, 0, 20])
@@ -319,7 +356,8 @@ def repeats() -> list[str]:
 PROGRAMS: dict[str, Callable[[], list[str]]] = {
     part.__name__: part
     for part in (
-        activations, layouts, edges, outers, combines, tile_lists, far_apart, mutants_are_seen, whole_mlp, repeats,
+        activations, layouts, edges, strided, outers, combines, tile_lists, far_apart, mutants_are_seen, whole_mlp,
+        repeats,
     )
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from moesaic.kernels import tiles, tuning
 from moesaic.kernels.tiles import KINDS, SHARED_BYTES, Shape, Tile, closed_form
@@ -46,6 +47,13 @@ def test_every_size_has_a_tile_within_the_chip(architecture: int) -> None:
         assert tile.programs * room <= SHARED_BYTES[architecture]
         assert tile.stages >= 2
         assert tile.warps in (2, 4, 8)
+
+
+def test_a_chip_with_little_shared_memory_gets_tiles_that_fit() -> None:
+    for kind, n_rows in product(KINDS, (64 * 8, 64 * 1000)):
+        tile = closed_form(shape(kind, n_rows, 64, n_out=4096), 80, 101_376)
+        columns = tile.block_n * (2 if kind in ("up", "interleaved") else 1)
+        assert tile.stages * (tile.block_m + columns) * tile.block_k * 2 <= 101_376
 
 
 def test_the_shipped_table_is_readable() -> None:
@@ -125,12 +133,17 @@ def test_tuning_ends_with_its_budget(cache: Path) -> None:
 def test_a_tile_that_does_not_fit_is_left_out(cache: Path) -> None:
     def refuses(tile: Tile) -> float:
         if tile != FIRST:
-            raise RuntimeError("out of resource: shared memory")
+            raise triton.OutOfResources(300_000, 232_448, "shared memory")
         return 1.0
 
     assert tuning.tune("chip", "a shape", FIRST, refuses, budget_s=1e9) == FIRST
-    with pytest.raises(RuntimeError, match="nothing fits"):
-        tuning.tune("chip", "b", FIRST, lambda tile: (_ for _ in ()).throw(RuntimeError("nothing fits")), budget_s=1.0)
+
+    def breaks(tile: Tile) -> float:
+        raise torch.OutOfMemoryError("not the tile's fault")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        tuning.tune("chip", "b", FIRST, breaks, budget_s=1.0)
+    assert set(tuning.stored("chip")) == {"a shape"}
 
 
 def test_broken_files_are_left_out(cache: Path) -> None:
@@ -158,6 +171,7 @@ def test_a_new_shape_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without tuning the launcher is never called to choose: the first launch is the only compilation."""
     launched: list[Tile] = []
     monkeypatch.setattr(tiles, "architecture", lambda _: 90)
+    monkeypatch.setattr(tiles, "shared_bytes", lambda _: SHARED_BYTES[90])
     monkeypatch.setattr(tiles, "chip", lambda _: "a chip without a table")
     monkeypatch.delenv("MOESAIC_TUNE", raising=False)
     tile = tiles.choose(shape("rows", 4096, 8), torch.device("cuda"), launched.append)
