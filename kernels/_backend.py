@@ -11,6 +11,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from moesaic.kernels._autocast import no_autocast
+
 BACKENDS = ("triton", "cpu")
 
 
@@ -33,7 +35,7 @@ def uses_triton(tensor: Tensor) -> bool:
 
 @contextmanager
 def grouped(tensor: Tensor) -> Iterator[ModuleType]:
-    """Give the module of the grouped products for a tensor's device and dtype, with that device the current one."""
+    """Give the module of the grouped products for a tensor, with its device the current one and without autocast."""
     name = "grouped_triton" if uses_triton(tensor) else "grouped_matmul_cpu"
-    with torch.cuda.device_of(tensor):
+    with torch.cuda.device_of(tensor), no_autocast(tensor.device.type):
         yield importlib.import_module(f"moesaic.kernels.{name}")

@@ -16,6 +16,8 @@ from torch import Tensor
 
 TILE = 1024
 _DIGIT_BITS = 11
+_MOST_SUMMED = 32_768
+"""Experts whose tiles one launch adds up, each program all before its own; more take a scan, of several launches."""
 
 
 @triton.jit
@@ -156,11 +158,15 @@ def tile_list(offsets: Tensor, n_rows: int, block_m: int) -> tuple[Tensor, Tenso
     """
     n_experts, device = offsets.shape[0] - 1, offsets.device
     most = triton.cdiv(n_rows, block_m) + min(n_experts + 1, n_rows)
-    ends = torch.empty(n_experts + 1, dtype=torch.int64, device=device)
     experts = torch.empty(most, dtype=torch.int32, device=device)
     first = torch.empty(most, dtype=torch.int64, device=device)
-    block = min(4096, triton.next_power_of_2(n_experts + 1))
-    _ends_kernel[(triton.cdiv(n_experts + 1, block),)](offsets, ends, n_experts, n_rows, block_m, BLOCK=block)
+    if n_experts < _MOST_SUMMED:
+        ends = torch.empty(n_experts + 1, dtype=torch.int64, device=device)
+        block = min(4096, triton.next_power_of_2(n_experts + 1))
+        _ends_kernel[(triton.cdiv(n_experts + 1, block),)](offsets, ends, n_experts, n_rows, block_m, BLOCK=block)
+    else:
+        sizes = torch.cat([offsets, offsets.new_full((1,), n_rows)]).diff()
+        ends = ((sizes + block_m - 1) // block_m).cumsum(0)
     steps = n_experts.bit_length() + 1
     _tiles_kernel[(triton.cdiv(most, 256),)](
         offsets, ends, experts, first, n_experts, block_m, most, STEPS=steps, BLOCK=256

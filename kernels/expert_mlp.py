@@ -163,5 +163,7 @@ def composed(
     a = activate(h, activation, interleaved) if isinstance(activation, str) else activation(h)
     rows = grouped_matmul(a, down, offsets, bias=down_bias, precision=precision)
     if post_norm is not None:
-        rows = post_norm(rows)
+        # A norm of a skipped choice's zeros may be NaN, which times a weight of 0 is NaN still.
+        skipped = torch.arange(rows.shape[0], device=rows.device) >= offsets[-1]
+        rows = post_norm(rows).masked_fill(skipped.unsqueeze(1), 0.0)
     return combine(rows, weights, grouping)

@@ -164,6 +164,9 @@ def test_functions_as_activation_and_norm_of_the_outputs() -> None:
     assert scaled_error(expert_mlp(**{**inputs, "activation": swiglu}), named.double()) < TOLERANCE
     doubled = expert_mlp(**inputs, post_norm=lambda rows: rows * 2.0)
     assert scaled_error(doubled, named.double() * 2.0) < TOLERANCE
+    skipping = {**inputs, "ids": inputs["ids"].clone().fill_diagonal_(-1)}
+    normed = expert_mlp(**skipping, post_norm=lambda rows: rows / rows.norm(dim=1, keepdim=True))
+    assert not normed.isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
