@@ -118,7 +118,7 @@ def closed_form(shape: Shape, architecture: int, shared: int | None = None) -> T
     block_m = next((block for block, below in ((16, 24), (32, 64), (64, 256)) if shape.per_expert < below), 128)
     double = kind in ("up", "interleaved")
     if exact(shape.dtype, shape.precision):
-        block_k, warps = 16 if double else 32, 2 if block_m == 16 else 4
+        block_k, warps = 16 if double or block_m == 32 else 32, 2 if block_m == 16 else 4
         return Tile(min(block_m, 64), _power(shape.n_out, 16, 64), block_k, warps, 2, programs=2)
     # Numbers that are loaded one by one need an address each: shorter steps, and more threads to hold them.
     block_k = _power(shape.depth, 16, (64 if narrow else 32) // (1 if shape.aligned else 2))
@@ -139,7 +139,7 @@ def closed_form(shape: Shape, architecture: int, shared: int | None = None) -> T
 
 def _outer(shape: Shape, narrow: bool, room: int) -> Tile:
     if exact(shape.dtype, shape.precision):
-        return Tile(_power(shape.depth, 16, 64), _power(shape.n_out, 16, 64), 16, 4, 2, programs=2)
+        return Tile(_power(shape.depth, 16, 64), _power(shape.n_out, 16, 64), 32, 4, 2, programs=2)
     block_m = _power(shape.depth, 64, 128)
     block_n = _power(shape.n_out, 16, 256 if narrow and shape.aligned else 128)
     block_k = (64 if narrow else 32) // (1 if shape.aligned else 2)
