@@ -119,7 +119,10 @@ def _product(X, W, rows, expert, first, second, K, n_columns, stride_xm, stride_
 def _store_values(gate, up, Bias, Scale, Out, H, expert, rows, mine, column, n_experts, n_out, HAS_BIAS: tl.constexpr,
                   HAS_SCALE: tl.constexpr, KEEP: tl.constexpr, ACT: tl.constexpr, HALVES: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Write a and, if KEEP, h of BLOCK_N columns of a from ``column``; zeros for skipped rows."""
+    """Write a and, if KEEP, h of BLOCK_N columns of a from ``column``.
+
+    Skipped rows come with zeros, of which every activation makes zeros.
+    """
     WIDTH: tl.constexpr = 2 * BLOCK_N if HALVES == 2 else BLOCK_N
     width_h = n_out if HALVES == 0 else 2 * n_out
     columns = column + tl.arange(0, BLOCK_N)
@@ -141,7 +144,6 @@ def _store_values(gate, up, Bias, Scale, Out, H, expert, rows, mine, column, n_e
     a = activation_value(gate, up, HALVES != 0, ACT)
     if HAS_SCALE:
         a *= tl.load(Scale + rows, mask=mine & (expert < n_experts), other=0.0)[:, None]
-    a = tl.where(expert < n_experts, a, 0.0)
     inside = mine[:, None] & (columns < n_out)[None, :]
     tl.store(Out + rows[:, None] * n_out + columns[None, :], a.to(Out.dtype.element_ty), mask=inside)
 

@@ -129,6 +129,18 @@ def layouts() -> list[str]:
     ]  # fmt: skip
 
 
+def wide() -> list[str]:
+    """Several blocks of columns, each of which the epilogues take in several parts."""
+    poisoned()
+    assert grouped_matmul_triton.PART_N < 64
+    return [
+        text
+        for tile in (Tile(16, 64, 32), Tile(16, 128, 32, swap=True, group=2))
+        for name, interleaved in (("gelu", False), ("swiglu", False), ("reglu", True))
+        for text in check_rows([9, 0, 20], 40, 150, name, interleaved, "k", tile, torch.float32)
+    ]
+
+
 def edges() -> list[str]:
     poisoned()
     found = []
@@ -358,8 +370,8 @@ def repeats() -> list[str]:
 PROGRAMS: dict[str, Callable[[], list[str]]] = {
     part.__name__: part
     for part in (
-        activations, layouts, edges, strided, outers, combines, tile_lists, far_apart, mutants_are_seen, whole_mlp,
-        repeats,
+        activations, layouts, wide, edges, strided, outers, combines, tile_lists, far_apart, mutants_are_seen,
+        whole_mlp, repeats,
     )
 }  # fmt: skip
 
@@ -385,6 +397,83 @@ def results() -> dict[str, subprocess.CompletedProcess[str]]:
 def test_interpreted(name: str) -> None:
     done = results()[name]
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+SHAPES = [(4096, 512, 256, 16, 2, "swiglu"), (1000, 577, 97, 31, 3, "gelu"), (64, 256, 1, 100_000, 128, "relu2"),
+          (512, 256, 128, 128, 8, "gpt_oss")]  # fmt: skip
+"""T, d, n, E, k: wide tiles, odd sizes, tiny experts, swapped operands."""
+
+
+def cuda_problem(shape: tuple[Any, ...], dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    n_tokens, d_model, d_ff, n_experts, k, activation = shape
+    width = (2 if activation in GATED else 1) * d_ff
+    leaves = {
+        "x": draw(n_tokens, d_model, seed=0), "gate_up": draw(n_experts, width, d_model, seed=1).mT / d_model**0.5,
+        "down": draw(n_experts, d_ff, d_model, seed=2) / d_ff**0.5, "weights": draw(n_tokens, k, seed=3),
+    }  # fmt: skip
+    ids = torch.randint(-1, n_experts + 1, (n_tokens, k), generator=torch.Generator().manual_seed(6))
+    return {name: leaf.to(dtype) for name, leaf in leaves.items()}, ids, draw(n_tokens, d_model, seed=7).to(dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "precision", "most"),
+    [
+        (torch.float32, "ieee", 1e-5),
+        (torch.float32, "tf32x3", 1e-5),
+        (torch.float32, "tf32", 3e-3),
+        (torch.bfloat16, "ieee", 1e-2),
+        (torch.float16, "ieee", 2e-3),
+    ],
+)
+def test_cuda_equals_float64(shape: tuple[Any, ...], dtype: torch.dtype, precision: str, most: float) -> None:
+    from moesaic.kernels import expert_mlp
+
+    leaves, ids, upstream = cuda_problem(shape, dtype)
+    options: dict[str, Any] = {"ids": ids, "activation": shape[5]}
+    truths = with_gradients(expert_mlp, leaves, upstream, torch.float64, options)
+    on_gpu = {name: leaf.cuda() for name, leaf in leaves.items()}
+    options |= {"ids": ids.cuda(), "precision": precision}
+    ours = with_gradients(expert_mlp, on_gpu, upstream.cuda(), dtype, options)
+    for name, got, truth in zip(("y", *leaves), ours, truths, strict=True):
+        error = (got.cpu().double() - truth).square().mean().sqrt() / truth.square().mean().sqrt()
+        assert error < most, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cuda_repeats_its_bits_and_never_waits(shape: tuple[Any, ...]) -> None:
+    from moesaic.kernels import expert_mlp
+
+    leaves, ids, upstream = cuda_problem(shape, torch.bfloat16)
+    on_gpu, upstream = {name: leaf.cuda() for name, leaf in leaves.items()}, upstream.cuda()
+    options = {"ids": ids.cuda(), "activation": shape[5]}
+    first = with_gradients(expert_mlp, on_gpu, upstream, torch.bfloat16, options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        runs = [with_gradients(expert_mlp, on_gpu, upstream, torch.bfloat16, options) for _ in range(20)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for again in runs for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+def test_the_layer_is_captured_by_a_cuda_graph() -> None:
+    from moesaic.kernels import expert_mlp
+
+    leaves, ids, upstream = cuda_problem(SHAPES[3], torch.bfloat16)
+    on_gpu, upstream = {name: leaf.cuda() for name, leaf in leaves.items()}, upstream.cuda()
+    options = {"ids": ids.cuda(), "activation": "gpt_oss"}
+    with_gradients(expert_mlp, on_gpu, upstream, torch.bfloat16, options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = with_gradients(expert_mlp, on_gpu, upstream, torch.bfloat16, options)
+    on_gpu["x"].copy_(draw(*on_gpu["x"].shape, seed=11))
+    options["ids"].copy_(options["ids"].roll(1, 0))
+    graph.replay()
+    again = with_gradients(expert_mlp, on_gpu, upstream, torch.bfloat16, options)
+    assert all(torch.equal(a, b) for a, b in zip(captured, again, strict=True))
 
 
 if __name__ == "__main__":
