@@ -464,7 +464,7 @@ def test_the_layer_is_captured_by_a_cuda_graph() -> None:
 
     leaves, ids, upstream = cuda_problem(SHAPES[3], torch.bfloat16)
     on_gpu, upstream = {name: leaf.cuda() for name, leaf in leaves.items()}, upstream.cuda()
-    options = {"ids": ids.cuda(), "activation": "gpt_oss"}
+    options: dict[str, Any] = {"ids": ids.cuda(), "activation": "gpt_oss"}
     with_gradients(expert_mlp, on_gpu, upstream, torch.bfloat16, options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
