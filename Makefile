@@ -33,7 +33,7 @@ types: $(VENV)/.dev ## mypy --strict on the four packages and the tests
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev ## pytest, more than 90 % of the lines of kernels, moe and metrics covered
-	$(BIN)/pytest --cov --cov-fail-under=90
+	$(BIN)/pytest --cov --cov-fail-under=90 --numprocesses 2 --dist loadfile
 
 test-huggingface: $(VENV)/.huggingface ## what needs transformers and its neighbour `kernels`, installed for it (about 200 MB)
 	$(BIN)/pytest tests/test_packaging.py tests/moe/test_hf.py tests/moe/test_hf_routers.py -k "huggingface or test_hf" -rs

@@ -86,7 +86,8 @@ def settings_for(shape: EnsembleShape, models: int) -> tuple[EnsembleSettings, T
         weight_decay=uniform(0, 0.5),
         beta1=uniform(0.8, 0.95),
         beta2=uniform(0.9, 0.999),
-        eps=uniform(1e-6, 1e-4),
+        # Where a gradient is rounding noise, Adam's step is that noise over eps, and the twin's is other noise.
+        eps=uniform(1e-5, 1e-4),
         load_balance=torch.where((number + number // len(GATES)) % 2 == 0, 0.0, uniform(0.05, 0.5)),
         scale=uniform(0.3, 1).float() / shape.batch_size,
     )

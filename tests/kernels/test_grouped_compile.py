@@ -14,13 +14,12 @@ from moesaic.kernels.grouped_compile import CHIPS, HEADER, Compiled, compile_pro
 from moesaic.kernels.tiles import SHARED_BYTES
 
 NUMBERS = {
-    "bf16": (torch.bfloat16, "ieee"), "fp16": (torch.float16, "ieee"), "ieee": (torch.float32, "ieee"),
-    "tf32": (torch.float32, "tf32"), "tf32x3": (torch.float32, "tf32x3"),
+    "bf16": (torch.bfloat16, "ieee"), "ieee": (torch.float32, "ieee"), "tf32": (torch.float32, "tf32"),
 }  # fmt: skip
 WIDE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 """The chip's widest matrix instruction; from sm_90 on it takes 64 rows or more."""
 CASES = [(chip, "bf16", True) for chip in CHIPS] + [(chip, "ieee", True) for chip in CHIPS]
-CASES += [(90, "fp16", True), (90, "tf32", True), (90, "tf32x3", True), (90, "bf16", False)]
+CASES += [(90, "tf32", True), (90, "bf16", False)]
 
 
 @cache
