@@ -25,29 +25,29 @@ _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32, _F64 = ir.FloatType(), ir.DoubleType()
 
 
-def _like(value, kind, number):
+def _like(value: Any, kind: Any, number: Any) -> Any:
     """Return a constant of the shape, scalar or vector, of ``value``."""
     if isinstance(value.type, ir.VectorType):
         return ir.Constant(ir.VectorType(kind, value.type.count), [number] * value.type.count)
     return ir.Constant(kind, number)
 
 
-def _kind(value, kind):
+def _kind(value: Any, kind: Any) -> Any:
     return ir.VectorType(kind, value.type.count) if isinstance(value.type, ir.VectorType) else kind
 
 
-def _stored(tag):
+def _stored(tag: Any) -> Any:
     """Return the LLVM type in memory of a tag array: uint16 stands for bfloat16, int16 for float16."""
     return {types.float32: _F32, types.float64: _F64, types.uint16: _I16, types.int16: _I16}[tag.dtype]
 
 
-def _widen(builder, value, tag):
+def _widen(builder: Any, value: Any, tag: Any) -> Any:
     """Exact conversion of loaded scalars or vectors to float32, or of float64 to itself."""
     if tag.dtype in (types.float32, types.float64):
         return value
     bits = builder.zext(value, _kind(value, _I32))
 
-    def number(n):
+    def number(n: Any) -> Any:
         return _like(bits, _I32, n)
 
     if tag.dtype == types.uint16:
@@ -65,13 +65,13 @@ def _widen(builder, value, tag):
     return builder.bitcast(builder.or_(moved, sign), _kind(bits, _F32))
 
 
-def _narrow(builder, value, tag):
+def _narrow(builder: Any, value: Any, tag: Any) -> Any:
     """Round float32 to the nearest of the tag's type, ties to even."""
     if tag.dtype in (types.float32, types.float64):
         return value
     bits = builder.bitcast(value, _kind(value, _I32))
 
-    def number(n):
+    def number(n: Any) -> Any:
         return _like(bits, _I32, n)
 
     magnitude = builder.and_(bits, number(0x7FFFFFFF))
@@ -93,17 +93,17 @@ def _narrow(builder, value, tag):
     return builder.trunc(builder.or_(near, sign), _kind(bits, _I16))
 
 
-def _load(builder, address, kind, align):
+def _load(builder: Any, address: Any, kind: Any, align: Any) -> Any:
     value = builder.load(builder.inttoptr(address, kind.as_pointer()))
     value.align = align
     return value
 
 
-def _store(builder, value, address, align):
+def _store(builder: Any, value: Any, address: Any, align: Any) -> Any:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = align
 
 
-def _multiply_add(builder, a, b, c):
+def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
     function = cgutils.get_or_insert_function(
         builder.module,
         ir.FunctionType(a.type, [a.type] * 3),
@@ -113,32 +113,43 @@ def _multiply_add(builder, a, b, c):
     return builder.call(function, [a, b, c])
 
 
-def _prefetch(builder, address):
+def _prefetch(builder: Any, address: Any) -> Any:
     pointer = ir.IntType(8).as_pointer()
     kinds = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
     function = cgutils.get_or_insert_function(builder.module, kinds, "llvm.prefetch.p0")
     builder.call(function, [builder.inttoptr(address, pointer), _I32(0), _I32(2), _I32(1)])
 
 
-def _size(kind):
+def _size(kind: Any) -> Any:
     return {_F32: 4, _F64: 8, _I16: 2}[kind]
 
 
-def _splat(builder, scalar, count):
+def _splat(builder: Any, scalar: Any, count: Any) -> Any:
     vector = ir.VectorType(scalar.type, count)
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(_I32, 0))
     zeros = ir.Constant(ir.VectorType(_I32, count), [0] * count)
     return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
 
 
-def _micro(height):
+def _micro(height: Any) -> Any:
     """Build tile[i, :] += Σ_k a_i[k] · panel[k, :] for ``height`` rows i."""
 
     @intrinsic
-    def micro(typingctx, wide, fresh, tile, tile_step, addresses, skip, step, panel, depth):
+    def micro(
+        typingctx: Any,
+        wide: Any,
+        fresh: Any,
+        tile: Any,
+        tile_step: Any,
+        addresses: Any,
+        skip: Any,
+        step: Any,
+        panel: Any,
+        depth: Any,
+    ) -> Any:
         """``addresses`` points at the rows' addresses; a_i[k] is at that + skip + k · step; fresh: = instead of +=."""
 
-        def code(context, builder, signature, args):
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             kind = _stored(signature.args[0])
             count = LINE // _size(kind)
             vector = ir.VectorType(kind, count)
@@ -173,10 +184,10 @@ micro1, micro2, micro3, micro4, micro5, micro6 = (_micro(height) for height in r
 
 
 @intrinsic
-def move_line(typingctx, tag, wide, target, source):
+def move_line(typingctx: Any, tag: Any, wide: Any, target: Any, source: Any) -> Any:
     """Copy a line from ``source``, of the tag's type, to ``target``, widened."""
 
-    def code(context, builder, signature, args):
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = _stored(signature.args[0])
         count = LINE // _size(_stored(signature.args[1]))
         value = _load(builder, args[3], ir.VectorType(kind, count), _size(kind))
@@ -187,10 +198,10 @@ def move_line(typingctx, tag, wide, target, source):
 
 
 @intrinsic
-def round_line(typingctx, tag, wide, target, source):
+def round_line(typingctx: Any, tag: Any, wide: Any, target: Any, source: Any) -> Any:
     """Copy a panel's row, rounded to the tag's type."""
 
-    def code(context, builder, signature, args):
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         wide = _stored(signature.args[1])
         value = _load(builder, args[3], ir.VectorType(wide, LINE // _size(wide)), _size(wide))
         value = _narrow(builder, value, signature.args[0])
@@ -201,10 +212,10 @@ def round_line(typingctx, tag, wide, target, source):
 
 
 @intrinsic
-def add_line(typingctx, tag, wide, target, source, factor):
+def add_line(typingctx: Any, tag: Any, wide: Any, target: Any, source: Any, factor: Any) -> Any:
     """Add ``factor`` times a line of the tag's type to a wide one."""
 
-    def code(context, builder, signature, args):
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind, wide = _stored(signature.args[0]), _stored(signature.args[1])
         count = LINE // _size(wide)
         value = _load(builder, args[3], ir.VectorType(kind, count), _size(kind))
@@ -218,10 +229,10 @@ def add_line(typingctx, tag, wide, target, source, factor):
 
 
 @intrinsic
-def dot_lines(typingctx, tag, wide, a, b, count):
+def dot_lines(typingctx: Any, tag: Any, wide: Any, a: Any, b: Any, count: Any) -> Any:
     """Return the dot product of ``count`` lines, a wide and b of the tag's type."""
 
-    def code(context, builder, signature, args):
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind, wide = _stored(signature.args[0]), _stored(signature.args[1])
         lanes = LINE // _size(wide)
         zero = ir.Constant(ir.VectorType(wide, lanes), [0.0] * lanes)
@@ -247,13 +258,13 @@ def dot_lines(typingctx, tag, wide, a, b, count):
 
 
 @intrinsic
-def turn_block(typingctx, tag, wide, target, source, step, ahead):
+def turn_block(typingctx: Any, tag: Any, wide: Any, target: Any, source: Any, step: Any, ahead: Any) -> Any:
     """Transpose 8 × 8: row i from source + i · step, widened, to column i at target, rows ``LINE`` apart.
 
     What lies ``ahead`` of the source is brought into cache, if it is there at all.
     """
 
-    def code(context, builder, signature, args):
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = _stored(signature.args[0])
         size = _size(_stored(signature.args[1]))
         target, source, step, ahead = args[2:]
@@ -278,10 +289,10 @@ def turn_block(typingctx, tag, wide, target, source, step, ahead):
 
 
 @intrinsic
-def read(typingctx, tag, wide, source):
+def read(typingctx: Any, tag: Any, wide: Any, source: Any) -> Any:
     """Return one number of the tag's type, widened."""
 
-    def code(context, builder, signature, args):
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = _stored(signature.args[0])
         return _widen(builder, _load(builder, args[2], kind, _size(kind)), signature.args[0])
 
@@ -289,10 +300,10 @@ def read(typingctx, tag, wide, source):
 
 
 @intrinsic
-def write(typingctx, tag, target, value):
+def write(typingctx: Any, tag: Any, target: Any, value: Any) -> Any:
     """Store one wide number, rounded to the tag's type."""
 
-    def code(context, builder, signature, args):
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = _stored(signature.args[0])
         _store(builder, _narrow(builder, args[2], signature.args[0]), args[1], _size(kind))
         return context.get_dummy_value()

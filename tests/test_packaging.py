@@ -300,7 +300,7 @@ def test_nothing_at_the_root_shadows_the_tests() -> None:
 
 def test_examples_of_the_readme_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text()
-    toy, routing, layer = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    toy, routing, layer, ops = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(toy.splitlines()) <= 10
     short = toy.replace("steps=2_000", "steps=100")
     assert short != toy
@@ -313,6 +313,10 @@ def test_examples_of_the_readme_run(capsys: pytest.CaptureFixture[str], tmp_path
     names = {}
     exec(layer, names)
     assert names["y"].shape == (4, 128, 512)
+    names = {}
+    exec(ops, names)
+    assert names["y"].shape == (64, 256)
+    assert names["h"].shape == (128, 128)
     [spec] = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
     (tmp_path / "spec.toml").write_text(spec)
     [stage] = load_spec(tmp_path / "spec.toml").stages(False, None)
