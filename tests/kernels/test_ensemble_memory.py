@@ -60,7 +60,14 @@ BROKEN = [
 ]
 # Relative errors of losses; worst errors of the moments over the RMS of their section, and of the state over the
 # learning rate.
-TOLERANCE = {"losses": 1e-6, "load losses": 1e-6, "exp_avg": 2e-5, "exp_avg_sq": 2e-5, "state": 2e-4}
+TOLERANCE = {
+    "losses": 1e-6,
+    "load losses": 1e-6,
+    "exp_avg": 2e-5,
+    "exp_avg_sq": 2e-5,
+    "state": 2e-4,
+    "a single weight": 1e-2,
+}
 
 
 def settings_for(shape: EnsembleShape, models: int) -> tuple[EnsembleSettings, Tensor, Tensor]:
@@ -86,8 +93,7 @@ def settings_for(shape: EnsembleShape, models: int) -> tuple[EnsembleSettings, T
         weight_decay=uniform(0, 0.5),
         beta1=uniform(0.8, 0.95),
         beta2=uniform(0.9, 0.999),
-        # Where a gradient is rounding noise, Adam's step is that noise over eps, and the twin's is other noise.
-        eps=uniform(1e-5, 1e-4),
+        eps=uniform(1e-6, 1e-4),
         load_balance=torch.where((number + number // len(GATES)) % 2 == 0, 0.0, uniform(0.05, 0.5)),
         scale=uniform(0.3, 1).float() / shape.batch_size,
     )
@@ -222,6 +228,9 @@ def errors(shape: EnsembleShape, ours: dict[str, Tensor], theirs: dict[str, Tens
             difference /= expected.abs().clamp(min=1e-6)
         elif name == "state":
             difference /= lr.amax(1)[:, None]
+            # Adam's first step has the size of lr: where a gradient is rounding noise, so is its step.
+            worst["a single weight"] = float(difference.max())
+            difference = difference.flatten().kthvalue(max(1, difference.numel() * 999 // 1000)).values
         else:
             for part, section in zip(shape.split(difference).values(), shape.split(expected).values(), strict=True):
                 rms = section.flatten(1).square().mean(1).sqrt().clamp(min=1e-20)
