@@ -36,7 +36,8 @@ unit: $(VENV)/.dev ## pytest, more than 90 % of the lines of kernels, moe and me
 	$(BIN)/pytest --cov --cov-fail-under=90 --numprocesses 2 --dist loadfile
 
 test-huggingface: $(VENV)/.huggingface ## what needs transformers and its neighbour `kernels`, installed for it (about 200 MB)
-	$(BIN)/pytest tests/test_packaging.py tests/moe/test_hf.py tests/moe/test_hf_routers.py -k "huggingface or test_hf" -rs
+	$(BIN)/pytest tests/test_packaging.py tests/moe/test_hf.py tests/moe/test_hf_routers.py tests/bench/test_bench_layer.py \
+	  -k "huggingface or test_hf or transformers" -rs
 
 format: $(VENV)/.dev ## let ruff fix and format
 	$(BIN)/ruff check --fix

@@ -18,7 +18,7 @@ import torch
 
 from moesaic.bench.ensemble_limit import issue_limit, runs_on_the_chip
 from moesaic.bench.ensemble_peers import PEERS, Case, Ensemble, cases, check_case
-from moesaic.bench.interleave import Contender, NotRunError, Timing, clock, interleave, ratio, with_threads
+from moesaic.bench.interleave import Contender, NotRunError, Timing, clock, fastest, ratio, with_threads
 from moesaic.bench.kernel_bench import Findings, Options, Table
 from moesaic.bench.plan import Row
 from moesaic.bench.words import si
@@ -169,11 +169,7 @@ def measure(case: Case, options: Options) -> Measured:
             continue
         contenders |= {(name, count): with_threads(contender, count) for count in choices}
     rounds, least_s = (QUICK_ROUNDS, QUICK_LEAST_S) if options.quick else (ROUNDS, LEAST_S)
-    timings: dict[str, Timing] = {}
-    threads: dict[str, int] = {}
-    for (name, count), timing in interleave(contenders, rounds=rounds, least_s=least_s).items():
-        if name not in timings or timing.median < timings[name].median:
-            timings[name], threads[name] = timing, count
+    timings, threads = fastest(contenders, rounds=rounds, least_s=least_s)
     return Measured(case, ours.executed_rows(), timings, threads, errors, not_run, disagrees)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moesaic.bench.environment import device_memory_bytes
-from moesaic.bench.interleave import Contender, NotRunError, Timing, clock, interleave, ratio, with_threads
+from moesaic.bench.interleave import Contender, NotRunError, Timing, clock, fastest, ratio, with_threads
 from moesaic.bench.kernel_bench import Findings, Options, Table
 from moesaic.bench.layer_peers import (
     OURS,
@@ -255,6 +255,7 @@ def measure(subject: Subject, case: Case, options: Options) -> Measured:
         found = results(side, inputs[0], sample)
     except (MemoryError, torch.OutOfMemoryError) as error:
         return Measured(case, {}, not_run={OURS: _words(error)})
+    # Whatever ours does wrong fails the benchmark, which goes on to say how the other cases do.
     except Exception as error:
         return Measured(case, {}, failure=_words(error))
     rounding = {name: 0.0 if case.dtype == "float32" else relative_error(naive[name], truth[name]) for name in truth}
@@ -322,11 +323,7 @@ def _time(
         choices = {most, 1} if few and name != OURS else {most}
         contenders |= {(name, count): with_threads(contender, count) for count in sorted(choices, reverse=True)}
     rounds, least_s = (QUICK_ROUNDS, QUICK_LEAST_S) if options.quick else (ROUNDS, LEAST_S)
-    timings: dict[str, Timing] = {}
-    threads: dict[str, int] = {}
-    for (name, count), timing in interleave(contenders, rounds=rounds, least_s=least_s).items():
-        if name not in timings or timing.median < timings[name].median:
-            timings[name], threads[name] = timing, count
+    timings, threads = fastest(contenders, rounds=rounds, least_s=least_s)
     return timings, threads, memory
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moesaic.bench.environment import device_memory_bytes
-from moesaic.bench.interleave import Contender, Timing, clock, interleave, ratio, with_threads
+from moesaic.bench.interleave import Contender, Timing, clock, fastest, interleave, ratio, with_threads
 from moesaic.bench.kernel_bench import Findings, Options, Table
 from moesaic.bench.memory import peak_bytes
 from moesaic.bench.plan import Row
@@ -200,10 +200,7 @@ def measure(case: Case, options: Options, *, backward: bool) -> Measured:
         choices = {most, 1} if name == PEER and options.device == "cpu" and not case.width else {most}
         contenders |= {(name, count): with_threads(contender, count) for count in sorted(choices, reverse=True)}
     rounds, least_s = (QUICK_ROUNDS, QUICK_LEAST_S) if options.quick or case.width else (ROUNDS, LEAST_S)
-    timings: dict[str, Timing] = {}
-    for (name, _), timing in interleave(contenders, rounds=rounds, least_s=least_s).items():
-        if name not in timings or timing.median < timings[name].median:
-            timings[name] = timing
+    timings, _ = fastest(contenders, rounds=rounds, least_s=least_s)
     return Measured(case, backward, timings, not_run, memory)
 
 

@@ -80,6 +80,22 @@ def interleave(contenders: Mapping[Side, Contender], *, rounds: int, least_s: fl
     return {name: Timing(repetitions[name], tuple(values)) for name, values in seconds.items()}
 
 
+def fastest(
+    contenders: Mapping[tuple[str, int], Contender], *, rounds: int, least_s: float
+) -> tuple[dict[str, Timing], dict[str, int]]:
+    """`interleave` sides with several numbers of threads, by (side, threads); the fastest number of each side counts.
+
+    Returns:
+        Timing and number of threads, by side.
+    """
+    timings: dict[str, Timing] = {}
+    threads: dict[str, int] = {}
+    for (name, count), timing in interleave(contenders, rounds=rounds, least_s=least_s).items():
+        if name not in timings or timing.median < timings[name].median:
+            timings[name], threads[name] = timing, count
+    return timings, threads
+
+
 def _repetitions(contender: Contender, least_s: float) -> int:
     contender(1)
     count = 1

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 from moesaic.kernels._backend import grouped
 from moesaic.kernels.activations import activate, activate_backward
 from moesaic.kernels.dispatch import _group
+from moesaic.kernels.grouped_matmul import is_transposed
 
 TINY, TINY_ROWS = 16, 64
 """Experts narrower than this have no matrix product worth a tile, unless each has more choices than that."""
@@ -156,15 +157,11 @@ def _input_gradient(
     return out
 
 
-def _is_transposed(weight: Tensor) -> bool:
-    return weight.stride(1) == 1 and weight.stride(2) != 1
-
-
 def _matrix_gradient(
     kernels: Any, left: Tensor, right: Tensor, offsets: Tensor, left_rows: Tensor | None, right_rows: Tensor | None,
     weight: Tensor, precision: str, tiny: bool,
 ) -> Tensor:  # fmt: skip
-    transposed = _is_transposed(weight)
+    transposed = is_transposed(weight)
     if tiny:
         out: Tensor = kernels.tiny_outer(left, right, offsets, left_rows, right_rows, transposed)
         return out
@@ -181,7 +178,7 @@ def _(
     groups, (n_experts, _, width) = weight_offsets.shape[0] - 1, gate_up.shape
 
     def like(weight: Tensor) -> Tensor:
-        if _is_transposed(weight):
+        if is_transposed(weight):
             return dy.new_empty(groups, weight.shape[2], weight.shape[1]).mT
         return dy.new_empty(groups, weight.shape[1], weight.shape[2])
 

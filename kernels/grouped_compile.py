@@ -50,8 +50,8 @@ class Product:
 class Compiled:
     """What the compiler made of a product for a chip.
 
-    shared in bytes; spills: bytes of stack and loads and stores of it; matrix: instructions by name; programs and
-    warps: resident on a multiprocessor at once; code: the instructions with their addresses.
+    shared in bytes; spills: bytes of stack and loads and stores of it; matrix: instructions by name; programs:
+    resident on a multiprocessor at once; code: the instructions with their addresses.
     """
 
     product: Product
@@ -61,7 +61,6 @@ class Compiled:
     spills: int
     matrix: dict[str, int]
     programs: int
-    warps: int
     ptx: str
     code: list[tuple[int, str]]
 
@@ -98,7 +97,7 @@ def compile_product(product: Product, chip: int) -> Compiled:
     return Compiled(
         product, chip, usage["REG"], compiled.metadata.shared, spills,
         dict(matrix) if product.dtype == torch.float32 and product.precision == "ieee" else _tensor_cores(matrix),
-        programs, programs * tile.warps, compiled.asm["ptx"], code,
+        programs, compiled.asm["ptx"], code,
     )  # fmt: skip
 
 

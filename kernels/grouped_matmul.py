@@ -111,7 +111,8 @@ def _scatter_rows(rows: Tensor, gather: Tensor | None, n_rows: int) -> Tensor:
     return out
 
 
-def _is_transposed(weight: Tensor) -> bool:
+def is_transposed(weight: Tensor) -> bool:
+    """Return whether K is the contiguous dimension of weights (E, K, N), and so of their gradient."""
     return weight.stride(1) == 1 and weight.stride(2) != 1
 
 
@@ -138,7 +139,7 @@ def _product_gradients(
             _grouped_mm(grad, weight.transpose(1, 2), offsets, None, None, precision), gather, x.shape[0]
         )
     if needs[1]:
-        dw = _grouped_outer(x, grad, offsets, gather, x.shape[1], _is_transposed(weight), precision)
+        dw = _grouped_outer(x, grad, offsets, gather, x.shape[1], is_transposed(weight), precision)
     if needs[2]:
         db = _grouped_outer(None, grad, offsets, None, 1, False, precision).squeeze(1)
     return dx, dw, db

@@ -22,7 +22,7 @@ from moesaic.kernels.weights_triton import aligned
 
 
 @triton.jit
-def _rows_at(Rows, Gather, row, end, HAS_GATHER: tl.constexpr, BLOCK: tl.constexpr):
+def _rows_at(Gather, row, end, HAS_GATHER: tl.constexpr, BLOCK: tl.constexpr):
     rows = row + tl.arange(0, BLOCK)
     inside = rows < end
     at = tl.load(Gather + rows, mask=inside, other=0) if HAS_GATHER else rows
@@ -46,8 +46,8 @@ def _outer_kernel(A, B, GatherA, GatherB, Out, Experts, Offsets, Count, n_rows, 
             start, end = tl.load(Offsets + expert), tl.minimum(tl.load(Offsets + expert + 1), n_rows)
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for row in range(start, end, BLOCK_K):
-                rows_a, inside = _rows_at(A, GatherA, row, end, HAS_GATHER_A, BLOCK_K)
-                rows_b, _ = _rows_at(B, GatherB, row, end, HAS_GATHER_B, BLOCK_K)
+                rows_a, inside = _rows_at(GatherA, row, end, HAS_GATHER_A, BLOCK_K)
+                rows_b, _ = _rows_at(GatherB, row, end, HAS_GATHER_B, BLOCK_K)
                 inside_a, inside_b = inside[None, :], inside[:, None]
                 if not EVEN:
                     inside_a, inside_b = inside_a & (ms < M)[:, None], inside_b & (ns < N)[None, :]
@@ -72,7 +72,7 @@ def _sum_kernel(B, GatherB, Scale, Out, Experts, Offsets, Count, n_rows, n_exper
             start, end = tl.load(Offsets + expert), tl.minimum(tl.load(Offsets + expert + 1), n_rows)
             acc = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
             for row in range(start, end, BLOCK_K):
-                rows, inside = _rows_at(B, GatherB, row, end, HAS_GATHER_B, BLOCK_K)
+                rows, inside = _rows_at(GatherB, row, end, HAS_GATHER_B, BLOCK_K)
                 mask = inside[:, None] & (ns < N)[None, :]
                 b = tl.load(B + rows[:, None] * stride_bm + ns[None, :], mask=mask, other=0.0).to(tl.float32)
                 if HAS_SCALE:

@@ -2,16 +2,17 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from moesaic.bench import bench_grouped_matmul, bench_layer
+from moesaic.bench import bench_grouped_matmul
 from moesaic.bench.bench_grouped_matmul import PRODUCT, SIDES, ProductTurn, cost, product_turns, run
 from moesaic.bench.bench_layer import judge, measure, results
 from moesaic.bench.kernel_bench import BENCHES, Options, Table
@@ -21,18 +22,9 @@ from moesaic.kernels import grouped_matmul, reference
 
 SMALL = Case(24, 16, 8, 5, 2, "float32")
 SPARSE = Case(6, 16, 4, 40, 2, "float32")
-ROOF = Roof({"float32": 1e11, "bfloat16": 1e10}, 1e10, "a device", "now", {})
 
 
-@pytest.fixture(autouse=True)
-def _briefly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Short rounds under a given roof, on one thread: on a busy machine the others would only be waited for."""
-    monkeypatch.setattr(bench_layer, "QUICK_LEAST_S", 1e-3)
-    monkeypatch.setattr(bench_layer, "measured_roof", lambda device, say: ROOF)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("briefly")
 
 
 def options(*against: str) -> Options:
@@ -97,7 +89,7 @@ def test_a_wrong_product_has_no_speed(side: Callable[[ProductTurn, Tensor], Tens
     assert not found.timings
 
 
-def test_a_run_has_rows_both_tables_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_has_rows_both_tables_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roof: Roof) -> None:
     monkeypatch.setattr(bench_grouped_matmul, "cases", lambda device, quick: [SMALL, SPARSE])
     limits = SimpleNamespace(grouped_limits=lambda: (Table("compiler", notes=("as told",)), [{"registers": 7}]))
     monkeypatch.setitem(sys.modules, "moesaic.bench.grouped_limit", limits)
@@ -105,10 +97,10 @@ def test_a_run_has_rows_both_tables_and_a_figure(tmp_path: Path, monkeypatch: py
     assert [row["pass"] for row in found.rows] == ["forward", "forward + backward"] * 2
     assert not found.failures
     for row in found.rows:
-        assert {*row["sides"]} == {*SIDES}  # type: ignore[misc]
+        assert list(cast("dict[str, object]", row["sides"])) == list(SIDES)
     assert found.tables[1].notes == ("as told",)
     assert found.extra["compiler"] == [{"registers": 7}]
-    assert found.extra["roof"] == vars(ROOF)
+    assert found.extra["roof"] == vars(roof)
     assert [path.name for path in found.draw(tmp_path)] == [f"bench-grouped-matmul.{kind}" for kind in ("png", "svg")]
 
 

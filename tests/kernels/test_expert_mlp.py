@@ -105,7 +105,7 @@ def test_the_clamps_of_gpt_oss_bite() -> None:
     check(inputs)
 
 
-@pytest.mark.parametrize("n_tokens", [0, 1, 63])
+@pytest.mark.parametrize("n_tokens", [0, 1, 63, 1000])
 @pytest.mark.parametrize(("n_experts", "top_k"), [(1, 1), (7, 1), (7, 7), (31, 3)])
 def test_edge_shapes(n_tokens: int, n_experts: int, top_k: int) -> None:
     check(problem(n_tokens, n_experts, top_k, d_model=47, d_ff=9))

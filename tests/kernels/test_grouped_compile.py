@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -23,21 +21,8 @@ CASES += [(90, "tf32", True), (90, "bf16", False)]
 
 
 @cache
-def everything() -> dict[tuple[int, str, bool], list[Compiled]]:
-    """All cases, compiled by two processes: it is most of what this file takes."""
-    products = {
-        case: list(shipped(case[0], *NUMBERS[case[1]], aligned=case[2])) for case in CASES
-    }  # fmt: skip
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        jobs = {
-            case: [pool.submit(compile_product, product, case[0]) for product in found]
-            for case, found in products.items()
-        }
-        return {case: [job.result() for job in found] for case, found in jobs.items()}
-
-
 def compiled(chip: int, number: str, aligned: bool) -> list[Compiled]:
-    return everything()[chip, number, aligned]
+    return [compile_product(product, chip) for product in shipped(chip, *NUMBERS[number], aligned=aligned)]
 
 
 @pytest.mark.parametrize(("chip", "number", "aligned"), CASES)

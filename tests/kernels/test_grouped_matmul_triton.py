@@ -6,11 +6,8 @@ Triton decides between compiler and interpreter on import, so this file is also 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from itertools import product
 from typing import Any
 
@@ -376,27 +373,9 @@ PROGRAMS: dict[str, Callable[[], list[str]]] = {
 }  # fmt: skip
 
 
-@cache
-def results() -> dict[str, subprocess.CompletedProcess[str]]:
-    """All programs, two at a time: the interpreter takes one core."""
-
-    def interpreted(name: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, __file__, name],
-            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(PROGRAMS, pool.map(interpreted, PROGRAMS), strict=True))
-
-
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_interpreted(name: str) -> None:
-    done = results()[name]
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+def test_interpreted(name: str, interpret: Callable[[str], None]) -> None:
+    interpret(name)
 
 
 SHAPES = [(4096, 512, 256, 16, 2, "swiglu"), (1000, 577, 97, 31, 3, "gelu"), (64, 256, 1, 100_000, 128, "relu2"),

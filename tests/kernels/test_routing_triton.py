@@ -5,8 +5,6 @@ Triton decides between compiler and interpreter on import, so this file is also 
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -176,15 +174,8 @@ PROGRAMS: dict[str, Callable[[], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_interpreted(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, __file__, name],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+def test_interpreted(name: str, interpret: Callable[[str], None]) -> None:
+    interpret(name)
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,10 @@ compiler made of each kernel.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import pytest
@@ -282,27 +278,9 @@ def poison() -> None:
     Tensor.new_empty = new_empty  # type: ignore[assignment, method-assign]
 
 
-@cache
-def results() -> dict[str, subprocess.CompletedProcess[str]]:
-    """All programs, two at a time: the interpreter takes one core."""
-
-    def interpreted(name: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, __file__, name],
-            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(PROGRAMS, pool.map(interpreted, PROGRAMS), strict=True))
-
-
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_interpreted(name: str) -> None:
-    done = results()[name]
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+def test_interpreted(name: str, interpret: Callable[[str], None]) -> None:
+    interpret(name)
 
 
 def signature(kernel: Any, dtype: torch.dtype, constants: dict[str, Any]) -> dict[str, str]:

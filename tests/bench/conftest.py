@@ -1,0 +1,28 @@
+"""What the tests of benchmarks share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from moesaic.bench import bench_layer
+from moesaic.bench.roofline import Roof
+
+
+@pytest.fixture
+def roof() -> Roof:
+    """Rates that no machine has."""
+    return Roof({"float32": 1e11, "bfloat16": 1e10}, 1e10, "a device", "now", {})
+
+
+@pytest.fixture
+def briefly(monkeypatch: pytest.MonkeyPatch, roof: Roof) -> Iterator[None]:
+    """Short rounds under a given roof, on one thread: on a busy machine the others would only be waited for."""
+    monkeypatch.setattr(bench_layer, "QUICK_LEAST_S", 1e-3)
+    monkeypatch.setattr(bench_layer, "measured_roof", lambda device, say: roof)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
