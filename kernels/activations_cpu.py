@@ -14,14 +14,13 @@ from moesaic.kernels import toy_cpu
 from moesaic.kernels._extras import source_digest
 from moesaic.kernels.toy_cpu import exp32
 
-SILU, GELU_TANH, RELU, RELU2, GPT_OSS = range(5)
+SILU, GELU_TANH, RELU, RELU2, CLAMPED = range(5)
 CODES = {
     "silu": SILU, "swiglu": SILU, "gelu_tanh": GELU_TANH, "geglu_tanh": GELU_TANH, "relu": RELU, "reglu": RELU,
-    "relu2": RELU2, "gpt_oss": GPT_OSS,
+    "relu2": RELU2,
 }  # fmt: skip
 _LIBRARY = source_digest(toy_cpu)
 _ZERO, _ONE, _TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
-_LIMIT, _ALPHA = np.float32(7.0), np.float32(1.702)
 _SCALE, _CUBE = np.float32(2.0 * math.sqrt(2.0 / math.pi)), np.float32(0.044715)
 _SLOPE = np.float32(3.0 * 0.044715)
 
@@ -43,8 +42,8 @@ def _clip(x, low, high):
 
 
 @njit(nogil=True, error_model="numpy")
-def _curve(code, x, value, slope):
-    """Write the value and the slope of f(x); for GPT-OSS of g σ(αg), g = min(x, 7)."""
+def _curve(code, clamp, x, value, slope):
+    """Write the value and the slope of f(x); of a clamped SwiGLU those of g σ(αg), g = min(x, L)."""
     n = x.shape[0]
     if code == SILU:
         for i in range(n):
@@ -57,12 +56,13 @@ def _curve(code, x, value, slope):
             s, rest = _sigmoid(_SCALE * x[i] * (_ONE + _CUBE * square))
             value[i] = x[i] * s
             slope[i] = s + x[i] * s * rest * _SCALE * (_ONE + _SLOPE * square)
-    elif code == GPT_OSS:
+    elif code == CLAMPED:
+        limit, alpha = clamp[0], clamp[1]
         for i in range(n):
-            low = _LIMIT if x[i] > _LIMIT else x[i]
-            s, rest = _sigmoid(_ALPHA * low)
+            low = limit if x[i] > limit else x[i]
+            s, rest = _sigmoid(alpha * low)
             value[i] = low * s
-            slope[i] = _ZERO if x[i] > _LIMIT else s + _ALPHA * low * s * rest
+            slope[i] = _ZERO if x[i] > limit else s + alpha * low * s * rest
     else:
         for i in range(n):
             positive = _ZERO if x[i] < _ZERO else x[i]
@@ -94,7 +94,7 @@ def _dot(a, b):
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def forward(begin, end, code, gated, interleaved, h, scale, a, library=_LIBRARY):
+def forward(begin, end, code, clamp, gated, interleaved, h, scale, a, library=_LIBRARY):
     """Write a_r = s_r act(h_r) of rows begin … end − 1; an empty ``scale`` stands for ones."""
     n = a.shape[1]
     scratch = np.empty((4, n), np.float32)
@@ -103,21 +103,21 @@ def forward(begin, end, code, gated, interleaved, h, scale, a, library=_LIBRARY)
         s = scale[r] if scale.shape[0] > 0 else _ONE
         out = a[r]
         if not gated:
-            _curve(code, h[r], value, slope)
+            _curve(code, clamp, h[r], value, slope)
             for i in range(n):
                 out[i] = s * value[i]
             continue
         _halves(h[r], interleaved, gate, up)
-        _curve(code, gate, value, slope)
-        if code == GPT_OSS:
+        _curve(code, clamp, gate, value, slope)
+        if code == CLAMPED:
             for i in range(n):
-                up[i] = _clip(up[i], -_LIMIT, _LIMIT) + _ONE
+                up[i] = _clip(up[i], -clamp[0], clamp[0]) + clamp[2]
         for i in range(n):
             out[i] = s * (value[i] * up[i])
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def backward(begin, end, code, gated, interleaved, h, scale, d, dh, ds, library=_LIBRARY):
+def backward(begin, end, code, clamp, gated, interleaved, h, scale, d, dh, ds, library=_LIBRARY):
     """Write ds_r = ⟨d_r, a_r⟩ and dh_r = act'(h_r) s_r d_r, and s_r a_r in place of d_r."""
     n = d.shape[1]
     scratch = np.empty((5, n), np.float32)
@@ -126,7 +126,7 @@ def backward(begin, end, code, gated, interleaved, h, scale, d, dh, ds, library=
         s = scale[r] if scale.shape[0] > 0 else _ONE
         grad, out = d[r], dh[r]
         if not gated:
-            _curve(code, h[r], a, slope)
+            _curve(code, clamp, h[r], a, slope)
             ds[r] = _dot(grad, a)
             for i in range(n):
                 out[i] = slope[i] * (s * grad[i])
@@ -134,12 +134,12 @@ def backward(begin, end, code, gated, interleaved, h, scale, d, dh, ds, library=
                 grad[i] = s * a[i]
             continue
         _halves(h[r], interleaved, gate, up)
-        _curve(code, gate, value, slope)
-        if code == GPT_OSS:
+        _curve(code, clamp, gate, value, slope)
+        if code == CLAMPED:
             # The gate's place takes the slope of the clipped half.
             for i in range(n):
-                gate[i] = _ONE if abs(up[i]) <= _LIMIT else _ZERO
-                up[i] = _clip(up[i], -_LIMIT, _LIMIT) + _ONE
+                gate[i] = _ONE if abs(up[i]) <= clamp[0] else _ZERO
+                up[i] = _clip(up[i], -clamp[0], clamp[0]) + clamp[2]
         else:
             for i in range(n):
                 gate[i] = _ONE

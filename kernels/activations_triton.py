@@ -1,7 +1,8 @@
 """The activations of ``activations.py`` and their slopes, for the epilogues of Triton kernels; all float32.
 
-A plain activation takes its argument as ``gate`` and does not read ``up``. ``ACT`` is the activation's name; ``none``
-is the identity. Constants stand right of tensors: the interpreter makes constants of products that begin with one.
+A plain activation takes its argument as ``gate`` and does not read ``up``. ``ACT`` is the activation's name, which the
+constants of a clamped SwiGLU are part of; ``none`` is the identity. Constants stand right of tensors: the interpreter
+makes constants of products that begin with one.
 """
 
 from __future__ import annotations
@@ -15,8 +16,15 @@ _ROOT_HALF = tl.constexpr(math.sqrt(0.5))
 _NORMAL = tl.constexpr(1.0 / math.sqrt(2.0 * math.pi))
 _TANH_SCALE = tl.constexpr(math.sqrt(2.0 / math.pi))
 _TANH_CUBE = tl.constexpr(0.044715)
-_LIMIT = tl.constexpr(7.0)
-_ALPHA = tl.constexpr(1.702)
+
+
+@triton.constexpr_function
+def _constant(act: str, place: int) -> float:
+    """Return limit, alpha or shift of a clamped SwiGLU; 0 for other activations, which have no limit."""
+    # As `activations.clamp_of`: what is called from a kernel may call no other function of Python's.
+    if act == "gpt_oss":
+        return (7.0, 1.702, 1.0)[place]
+    return float(act[15:-1].split(",")[place]) if act.startswith("clamped_swiglu") else 0.0
 
 
 @triton.jit
@@ -57,9 +65,10 @@ def _curve(x, ACT: tl.constexpr):
 @triton.jit
 def activation_value(gate, up, GATED: tl.constexpr, ACT: tl.constexpr):
     """Return a = act(gate, up)."""
-    if ACT == "gpt_oss":
-        low = tl.minimum(gate, _LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        value = (_clamped(up) + 1.0) * low * _sigmoid(low * _ALPHA)
+    LIMIT: tl.constexpr = _constant(ACT, 0)
+    if LIMIT > 0.0:
+        low = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        value = (_clamped(up, LIMIT) + _constant(ACT, 2)) * low * _sigmoid(low * _constant(ACT, 1))
     else:
         value, _ = _curve(gate, ACT)
         if GATED:
@@ -68,22 +77,24 @@ def activation_value(gate, up, GATED: tl.constexpr, ACT: tl.constexpr):
 
 
 @triton.jit
-def _clamped(x):
-    return tl.where(x > _LIMIT, _LIMIT, tl.where(x < -_LIMIT, -_LIMIT, x))
+def _clamped(x, LIMIT: tl.constexpr):
+    return tl.where(x > LIMIT, LIMIT, tl.where(x < -LIMIT, -LIMIT, x))
 
 
 @triton.jit
 def activation_slopes(gate, up, grad, GATED: tl.constexpr, ACT: tl.constexpr):
     """Return a, grad · ∂a/∂gate and grad · ∂a/∂up (the last is 0 for plain activations)."""
-    if ACT == "gpt_oss":
-        low = tl.minimum(gate, _LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        shifted = _clamped(up) + 1.0
-        sigmoid = _sigmoid(low * _ALPHA)
+    LIMIT: tl.constexpr = _constant(ACT, 0)
+    if LIMIT > 0.0:
+        ALPHA: tl.constexpr = _constant(ACT, 1)
+        low = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        shifted = _clamped(up, LIMIT) + _constant(ACT, 2)
+        sigmoid = _sigmoid(low * ALPHA)
         curve = low * sigmoid
-        slope = sigmoid * (1.0 + low * _ALPHA * (1.0 - sigmoid))
+        slope = sigmoid * (1.0 + low * ALPHA * (1.0 - sigmoid))
         value = shifted * curve
-        dgate = tl.where(gate > _LIMIT, 0.0, grad * shifted * slope)
-        dup = tl.where(tl.abs(up) > _LIMIT, 0.0, grad * curve)
+        dgate = tl.where(gate > LIMIT, 0.0, grad * shifted * slope)
+        dup = tl.where(tl.abs(up) > LIMIT, 0.0, grad * curve)
     else:
         value, slope = _curve(gate, ACT)
         if GATED:

@@ -17,6 +17,8 @@ from torch import Tensor
 from moesaic.kernels.activations import ACTIVATIONS as ACTIVATIONS
 from moesaic.kernels.activations import GATED as GATED
 from moesaic.kernels.activations import activate as activate
+from moesaic.kernels.activations import check_activation, check_interleaved, is_gated
+from moesaic.kernels.activations import clamped_swiglu as clamped_swiglu
 from moesaic.kernels.dispatch import combine, group_by_expert
 from moesaic.kernels.expert_mlp_op import expert_mlp_op
 from moesaic.kernels.grouped_matmul import autocast, check_devices, check_precision, check_product, grouped_matmul
@@ -40,14 +42,14 @@ def _check(
     n_experts, d_model, width = gate_up.shape
     if x.ndim < 1 or x.shape[-1] != d_model:
         raise ValueError(f"x must have shape (..., {d_model}) to match gate_up, got {tuple(x.shape)}")
+    gated = False
     if isinstance(activation, str):
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, or a function, got {activation!r}")
-        if activation in GATED and width % 2:
+        check_activation(activation, "a function or ")
+        gated = is_gated(activation)
+        if gated and width % 2:
             raise ValueError(f"gate_up must have an even last dimension for {activation!r}, got {width}")
-    if interleaved and activation not in GATED:
-        raise ValueError(f"interleaved takes one of the gated activations {', '.join(GATED)}, got {activation!r}")
-    d_ff = width // 2 if activation in GATED else width
+    check_interleaved(interleaved, gated, activation)
+    d_ff = width // 2 if gated else width
     fits = down.ndim == 3 and down.shape[0] == n_experts and (not isinstance(activation, str) or down.shape[1] == d_ff)
     if not fits:
         raise ValueError(f"down must have shape ({n_experts}, {d_ff}, N), got {tuple(down.shape)}")
@@ -98,7 +100,8 @@ def expert_mlp(
         weights: (..., k) gate weights.
         ids: (..., k) expert ids.
         activation: `swiglu`, `geglu` (exact GELU), `geglu_tanh`, `reglu`, `gpt_oss`; `silu`, `gelu`, `gelu_tanh`,
-            `relu`, `relu2`; or a function of the whole pre-activation, row by row.
+            `relu`, `relu2`; a name that `clamped_swiglu` returns; or a function of the whole pre-activation, row by
+            row.
         gate_up_bias: (E, 2F) or (E, F).
         down_bias: (E, N).
         interleaved: gate and up columns alternate.

@@ -26,7 +26,8 @@ _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 class Product:
     """One kernel as it is launched.
 
-    kind: of `tiles.KINDS`; halves: 0 plain, 1 gate beside up, 2 in turn; layout: of the weights (`weights_triton`).
+    kind: of `tiles.KINDS`; halves: 0 plain, 1 gate beside up, 2 in turn; layout: of the weights (`weights_triton`);
+    activation: where there is one, SwiGLU or GELU unless it is named.
     """
 
     kind: str
@@ -36,6 +37,7 @@ class Product:
     halves: int = 0
     layout: str = "tma_k"
     even: bool = True
+    activation: str = ""
 
     @property
     def name(self) -> str:
@@ -115,7 +117,8 @@ def _rows(product: Product) -> tuple[Any, dict[str, Any]]:
     values = {
         "HAS_BIAS": False, "HAS_GATHER": product.kind != "rows", "HAS_SCALE": backward,
         "KEEP": product.kind in ("up", "interleaved"),
-        "ACT": "none" if product.kind == "rows" else "swiglu" if product.halves else "gelu", "HALVES": product.halves,
+        "ACT": "none" if product.kind == "rows" else product.activation or ("swiglu" if product.halves else "gelu"),
+        "HALVES": product.halves,
         "LAYOUT": product.layout, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "PART_N": grouped_matmul_triton.PART_N, "GROUP": tile.group, "SWAP": tile.swap, "EVEN_K": product.even,
         "PRECISION": product.precision,

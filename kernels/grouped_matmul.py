@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moesaic.kernels._backend import grouped
-from moesaic.kernels.activations import ACTIVATIONS, GATED, NO_ACTIVATION, activate_backward
+from moesaic.kernels.activations import NO_ACTIVATION, activate_backward, check_activation, check_interleaved, is_gated
 
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 
@@ -169,7 +169,7 @@ def _(
     activation: str, interleaved: bool, keep: bool, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     n_rows, width = (x if gather is None else gather).shape[0], weight.shape[2]
-    out = x.new_empty(n_rows, width // 2 if activation in GATED else width)
+    out = x.new_empty(n_rows, width // 2 if is_gated(activation) else width)
     return out, x.new_empty(n_rows if keep else 0, width)
 
 
@@ -262,12 +262,13 @@ def _check(
         raise ValueError(
             f"row_weight must be floating point ({n_rows},), got {row_weight.dtype} {tuple(row_weight.shape)}"
         )
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if activation in GATED and width % 2:
+    gated = False
+    if activation is not None:
+        check_activation(activation, "None or ")
+        gated = is_gated(activation)
+    if gated and width % 2:
         raise ValueError(f"weight must have an even last dimension for {activation!r}, got {width}")
-    if interleaved and activation not in GATED:
-        raise ValueError(f"interleaved takes one of the gated activations {', '.join(GATED)}, got {activation!r}")
+    check_interleaved(interleaved, gated, activation)
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

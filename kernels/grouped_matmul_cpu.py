@@ -26,9 +26,10 @@ from torch import Tensor
 
 from moesaic.kernels._extras import numba_twin
 from moesaic.kernels._threads import in_parts
-from moesaic.kernels.activations import GATED, activate, activate_backward
+from moesaic.kernels.activations import activate, activate_backward, clamp_of, is_gated
 
 Integers = NDArray[np.int64]
+Floats = NDArray[np.float32]
 
 # Numba knows arrays of neither bfloat16 nor float16: these stand for their bits.
 _TAGS: dict[torch.dtype, NDArray[Any]] = {
@@ -198,7 +199,7 @@ def rows_activated(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return a (R, F) and, if ``keep``, h (R, N), else h of no rows; zeros from offsets[E] on."""
     dtype, n_out = _wide(x, weight, bias), weight.shape[2]
-    gated, scale = activation in GATED, None if row_weight is None else row_weight.to(dtype)
+    gated, scale = is_gated(activation), None if row_weight is None else row_weight.to(dtype)
     code = _code(activation, dtype) if _in_numba(x, weight) else None
     if code is not None:
         twin, scales = numba_twin("activations_cpu"), _numbers(scale, dtype)
@@ -208,7 +209,7 @@ def rows_activated(
 
         def then(h: Tensor) -> Callable[[int, int], None]:
             source = h.numpy()
-            return lambda begin, end: twin.forward(begin, end, code, gated, interleaved, source, scales, target)
+            return lambda begin, end: twin.forward(begin, end, *code, gated, interleaved, source, scales, target)
 
         h, end = _product(x, weight, offsets, bias, gather, then)
     else:
@@ -225,10 +226,13 @@ def rows_activated(
     return a.to(x.dtype), h.to(x.dtype)
 
 
-def _code(activation: str, dtype: torch.dtype) -> int | None:
-    """Return the number of an activation that the Numba kernels have."""
-    codes: dict[str, int] = numba_twin("activations_cpu").CODES
-    return codes.get(activation) if dtype == torch.float32 else None
+def _code(activation: str, dtype: torch.dtype) -> tuple[int, Floats] | None:
+    """Return the number of an activation that the Numba kernels have, and limit, alpha and shift of a clamped one."""
+    if dtype != torch.float32:
+        return None
+    twin, clamp = numba_twin("activations_cpu"), clamp_of(activation)
+    code: int | None = twin.CODES.get(activation) if clamp is None else twin.CLAMPED
+    return None if code is None else (code, np.array(clamp or (0.0, 0.0, 0.0), np.float32))
 
 
 def rows_activated_backward(
@@ -237,7 +241,7 @@ def rows_activated_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return dh (R, N), s·a (R, F) and ⟨d, a⟩ (R,), d = grad_g W (E, ·, F); zeros from offsets[E]."""
     dtype = _wide(grad, weight, h)
-    gated, scale = activation in GATED, None if row_weight is None else row_weight.to(dtype)
+    gated, scale = is_gated(activation), None if row_weight is None else row_weight.to(dtype)
     code = _code(activation, dtype) if _in_numba(grad, weight) else None
     if code is not None:
         twin, scales = numba_twin("activations_cpu"), _numbers(scale, dtype)
@@ -248,7 +252,7 @@ def rows_activated_backward(
         def then(d: Tensor) -> Callable[[int, int], None]:
             values = d.numpy()
             return lambda begin, end: twin.backward(
-                begin, end, code, gated, interleaved, source, scales, values, slopes, dots
+                begin, end, *code, gated, interleaved, source, scales, values, slopes, dots
             )
 
         a, end = _product(grad, weight, offsets, None, gather, then)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moesaic.kernels.activations import GATED
+from moesaic.kernels.activations import is_gated
 from moesaic.kernels.activations_triton import activation_slopes, activation_value
 from moesaic.kernels.dispatch_triton import tile_list
 from moesaic.kernels.tiles import Shape, Tile, choose, exact, multiprocessors
@@ -272,7 +272,7 @@ def _backward_kernel(G, W, Gather, Scale, H, Dh, Scaled, Partial, Experts, First
 
 
 def _halves(activation: str, interleaved: bool) -> int:
-    if activation not in GATED:
+    if not is_gated(activation):
         return PLAIN_H
     return INTERLEAVED if interleaved else CONCATENATED
 

@@ -123,10 +123,11 @@ def activate(h: Tensor, name: str, interleaved: bool = False) -> Tensor:
     half = h.shape[-1] // 2
     index = torch.arange(half, device=h.device)
     gate, up = (h[..., 2 * index], h[..., 2 * index + 1]) if interleaved else (h[..., :half], h[..., half:])
-    if name == "gpt_oss":
-        gate = torch.where(gate > 7, 7.0, gate)
-        up = torch.where(up > 7, 7.0, torch.where(up < -7, -7.0, up))
-        return (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
+    if name == "gpt_oss" or name.startswith("clamped_swiglu"):
+        limit, alpha, shift = (7.0, 1.702, 1.0) if name == "gpt_oss" else map(float, name[15:-1].split(","))
+        gate = torch.where(gate > limit, limit, gate)
+        up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
+        return (up + shift) * gate / (1 + torch.exp(-alpha * gate))
     return _UNARY[_GATES[name]](gate) * up
 
 

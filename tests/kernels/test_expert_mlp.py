@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from moesaic.kernels import reference
-from moesaic.kernels.expert_mlp import ACTIVATIONS, GATED, expert_mlp
+from moesaic.kernels.activations import is_gated
+from moesaic.kernels.expert_mlp import ACTIVATIONS, GATED, clamped_swiglu, expert_mlp
 
 # Worst error over the reference's RMS: float32 rounding stays under 5e-6 at these sizes, each mutation is above 0.1.
 TOLERANCE = 2e-5
@@ -53,7 +54,7 @@ def problem(
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    width = 2 * d_ff if activation in GATED else d_ff
+    width = 2 * d_ff if is_gated(activation) else d_ff
     ids = torch.randint(low, n_experts if high is None else high, (n_tokens, top_k), generator=generator)
     return {
         "x": draw(n_tokens, d_model) * 2,
@@ -97,12 +98,14 @@ def test_every_activation(activation: str, interleaved: bool, bias: bool) -> Non
     check({**problem(activation=activation, bias=bias, d_model=16), "interleaved": interleaved})
 
 
-def test_the_clamps_of_gpt_oss_bite() -> None:
-    inputs = problem(40, activation="gpt_oss", d_model=16)
+@pytest.mark.parametrize("activation", ["gpt_oss", clamped_swiglu(5.0), clamped_swiglu(6.0, 0.5, -2.0)])
+def test_clamps_bite(activation: str) -> None:
+    inputs = problem(40, activation=activation, d_model=16)
     h = inputs["x"].unsqueeze(1) @ inputs["gate_up"][0]
     assert h[..., :6].max() > 7
     assert h[..., 6:].abs().max() > 7
     check(inputs)
+    check({**inputs, "interleaved": True})
 
 
 @pytest.mark.parametrize("n_tokens", [0, 1, 63, 1000])
@@ -209,8 +212,9 @@ def test_same_inputs_same_bits() -> None:
         assert torch.equal(first, second)
 
 
-def test_compiles_without_a_graph_break() -> None:
-    inputs = problem()
+@pytest.mark.parametrize("activation", ["swiglu", clamped_swiglu(5.0)])
+def test_compiles_without_a_graph_break(activation: str) -> None:
+    inputs = problem(activation=activation)
     compiled = torch.compile(expert_mlp, fullgraph=True, backend="aot_eager")
     for mine, theirs in zip(run(compiled, inputs, LEAVES), run(expert_mlp, inputs, LEAVES), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
@@ -338,7 +342,7 @@ def test_the_tolerance_can_fail(mutant: Callable[..., Tensor]) -> None:
 @pytest.mark.parametrize(
     ("message", "change"),
     [
-        ("activation must be one of swiglu, .*, got 'tanh'", {"activation": "tanh"}),
+        ("activation must be a function or one of swiglu, .*, got 'tanh'", {"activation": "tanh"}),
         ("interleaved takes one of the gated activations", {"activation": "relu", "interleaved": True}),
         (r"gate_up must have shape \(E, D, 2F\)", {"gate_up": torch.zeros(3, 4)}),
         ("gate_up must have an even last dimension for 'swiglu', got 5", {"gate_up": torch.zeros(5, 7, 5)}),

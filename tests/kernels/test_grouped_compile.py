@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 
+from moesaic.kernels.activations import clamped_swiglu
 from moesaic.kernels.grouped_compile import CHIPS, HEADER, Compiled, compile_product, shipped
 from moesaic.kernels.tiles import SHARED_BYTES
 
@@ -42,6 +44,17 @@ def test_every_shipped_tile(chip: int, number: str, aligned: bool) -> None:
         else:
             assert one.matrix.get(WIDE[chip], 0) > 0, one.product.name
             assert (".tf32" in one.ptx) == number.startswith("tf32")
+
+
+def test_a_clamped_swiglu_spills_nothing_either() -> None:
+    for kind in ("up", "backward"):
+        widest = max(
+            (one.product for one in compiled(90, "bf16", True) if one.product.kind == kind and one.product.halves),
+            key=lambda product: product.tile.block_m * product.tile.block_n,
+        )
+        found = compile_product(replace(widest, activation=clamped_swiglu(7.0, 1.702, 1.0)), 90)
+        assert found.spills == 0
+        assert found.registers < 255
 
 
 def test_rows_of_few_tokens_swap_the_operands() -> None:
