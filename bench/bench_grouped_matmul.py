@@ -18,22 +18,8 @@ from torch import Tensor
 
 from moesaic.bench.bench_layer import Subject, run_subject
 from moesaic.bench.kernel_bench import Findings, Options, Table
-from moesaic.bench.layer_peers import (
-    OURS,
-    ROTATED_BYTES,
-    Build,
-    Case,
-    Sample,
-    Side,
-    cases,
-    draw_ids,
-    matrices,
-    n_turns,
-    need_groups,
-    need_products,
-    need_room,
-    slots_by_expert,
-)
+from moesaic.bench.layer_cases import ROTATED_BYTES, Case, Sample, cases, draw_ids, n_turns, slots_by_expert
+from moesaic.bench.layer_peers import OURS, Build, Side, matrices, need_groups, need_products, need_room
 from moesaic.bench.plan import Row
 from moesaic.kernels import Grouping, group_by_expert, grouped_matmul
 
@@ -56,6 +42,7 @@ class ProductTurn:
     gather: Tensor
     ends: Tensor
     grad: Tensor
+    clear: None = None
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -178,7 +165,8 @@ PRODUCT = Subject(
 
 def run(options: Options) -> Findings:
     """Measure all cases of the product, and add what the compiler's report says of its kernels."""
-    found = run_subject(PRODUCT, cases(options.device, options.quick), options, NOTES)
+    products = [replace(case, router=True) for case in cases(options.device, options.quick)]
+    found = run_subject(PRODUCT, products, options, NOTES)
     options.say("bench grouped-matmul: compiling the Triton kernels for the compiler's report")
     limits, compiled = _limits()
     return replace(found, tables=[*found.tables, limits], extra={**found.extra, "compiler": compiled})

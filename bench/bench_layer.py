@@ -1,6 +1,7 @@
-"""``moesaic bench layer``: `expert_mlp` against PyTorch and libraries on equal inputs, in one process, in turn.
+"""``moesaic bench layer``: `MoE` against PyTorch and libraries on equal inputs, in one process, in turn.
 
-Forward without gradients; forward and backward in one go, with the gradients of x, both weights and the gate weights:
+The whole layer, router included; for a million experts `expert_mlp` alone. Forward without gradients; forward and
+backward in one go, with the gradients of x and all weights (of the gate weights, where there is no router):
 a difference of the two timings would be that of two states of the caches. First every side is judged against float64,
 and one whose error is too large gets no speed; where that is ours, nobody does and the benchmark fails.
 """
@@ -21,18 +22,9 @@ from torch import Tensor
 from moesaic.bench.environment import device_memory_bytes
 from moesaic.bench.interleave import Contender, NotRunError, Timing, clock, fastest, ratio, with_threads
 from moesaic.bench.kernel_bench import Findings, Options, Table
-from moesaic.bench.layer_peers import (
-    OURS,
-    SIDES,
-    TWELVE,
-    Build,
-    Case,
-    Sample,
-    Side,
-    cases,
-    draw_sample,
-    layer_turns,
-)
+from moesaic.bench.layer_cases import TWELVE, Case, Sample, cases, draw_sample
+from moesaic.bench.layer_peers import OURS, SIDES, Build, Side
+from moesaic.bench.layer_turns import layer_turns
 from moesaic.bench.memory import peak_bytes
 from moesaic.bench.plan import Row
 from moesaic.bench.roofline import Roof, measured_roof
@@ -63,6 +55,10 @@ class Turn(Protocol):
     def ids(self) -> Tensor:
         """The experts chosen, (T, k)."""
 
+    @property
+    def clear(self) -> Tensor | None:
+        """Which tokens can be checked, (T,); None: all of them."""
+
     def picked(self, y: Tensor, grads: Sequence[Tensor], sample: Sample) -> dict[str, Tensor]:
         """The sampled part of results, by name."""
 
@@ -92,27 +88,37 @@ class Subject:
 
 
 def layer_roundings(case: Case, name: str, count: int) -> int:
-    """Independent roundings in ``count`` numbers of a result: as many as hidden numbers, where those are fewer."""
-    return count if name == "d weights" else min(count, count // case.d_model * case.d_ff)
+    """Independent roundings in ``count`` numbers of a result: as many as hidden numbers, where those are fewer.
+
+    A router's gradient has those of its choices: one for each token of an expert.
+    """
+    if name == "d weights":
+        return count
+    if name == "d router":
+        return max(1, count // case.d_model * min(case.d_model, case.n_rows // case.n_experts))
+    return min(count, count // case.d_model * case.d_ff)
 
 
 LAYER = Subject(
-    "layer", "Expert layers (no router)", SIDES, layer_turns,
+    "layer", "Mixture-of-experts layers", SIDES, layer_turns,
     lambda case, touched, backward: (case.flops(backward=backward), case.least_bytes(touched, backward=backward)),
     layer_roundings,
 )  # fmt: skip
 NOTES = (
-    "TFLOP/s: useful products, 6·T·k·d·n forward and 12·T·k·d·n more backward. GB/s: weights of the experts that were "
-    "chosen, x and y once per pass that needs them, h written and read, and all weights' gradients written. "
-    "For n below 64 read GB/s.",
-    "Forward: no gradients. Forward + backward: in one go, gradients of x, weights and gate weights; not of decoding.",
+    "TFLOP/s: useful products, 6·T·k·d·n and the router's 2·T·d·E forward, twice as many more backward. GB/s: weights "
+    "of the experts that were chosen and of the router, x and y once per pass that needs them, h written and read, and "
+    "all weights' gradients written. For n below 64 read GB/s.",
+    "Forward: no gradients. Forward + backward: in one go, gradients of x and all weights; not of decoding. The router "
+    "is a linear layer and softmax over the chosen; peers without one get torch's linear, softmax and topk.",
+    'Tokens whose k-th and next score lie as close as rounding have no gradient and are not checked. "Experts alone": '
+    "expert_mlp on given choices, gradients of x, weights and gate weights.",
 )
 COMMON_NOTES = (
     "ms: median of the rounds [fastest-slowest]. of the roof: least time that the measured matrix rate and copy "
     "bandwidth allow, over the time; a side that mostly reads can pass 100 %, as a copy also writes.",
     f"ratio: time of a peer over {OURS}'s, of the medians [lowest-highest within one round].",
     "peak: memory beyond the inputs, results included; on a CPU an upper bound. Repetitions take turns on inputs of "
-    "their own, 128 MiB in all or more. Routing is uniform at random.",
+    "their own, 128 MiB in all or more. Tokens and weights are random, and so is who is chosen.",
     "On a CPU a peer with less than 1 GFLOP to do is timed with all threads and with one, and the faster counts.",
     f"Errors are RMS over RMS, against float64: at most {FLOAT32_ERROR:g} in float32; in other dtypes at most "
     f"{OURS_BUDGET:g} (a peer: {PEER_BUDGET:g}) times that of the composition rounded after every "
@@ -248,17 +254,17 @@ def measure(subject: Subject, case: Case, options: Options) -> Measured:
         return Measured(case, {}, not_run={OURS: f"takes about {needed / 2**30:.0f} GiB"})
     try:
         inputs = subject.turns(case, device)
-        sample = draw_sample(inputs[0].ids, case.n_experts)
+        sample = draw_sample(inputs[0].ids, case.n_experts, inputs[0].clear)
         side = subject.sides[OURS](case, device)
         truth = inputs[0].reference(sample, torch.float64)
-        naive = inputs[0].reference(sample, case.torch_dtype)
+        naive = truth if case.dtype == "float32" else inputs[0].reference(sample, case.torch_dtype)
         found = results(side, inputs[0], sample)
     except (MemoryError, torch.OutOfMemoryError) as error:
         return Measured(case, {}, not_run={OURS: _words(error)})
     # Whatever ours does wrong fails the benchmark, which goes on to say how the other cases do.
     except Exception as error:
         return Measured(case, {}, failure=_words(error))
-    rounding = {name: 0.0 if case.dtype == "float32" else relative_error(naive[name], truth[name]) for name in truth}
+    rounding = {name: relative_error(naive[name], truth[name]) for name in truth}
     # Two errors of equal size lie apart by chance; 3 / sqrt(N) are three standard deviations of the ratio of two RMS.
     chance = {name: 3.0 / math.sqrt(subject.roundings(case, name, one.numel())) for name, one in truth.items()}
     rounding = {name: error * (1.0 + chance[name]) for name, error in rounding.items()}
@@ -371,6 +377,7 @@ def run(options: Options) -> Findings:
 def run_subject(subject: Subject, chosen: Sequence[Case], options: Options, notes: Sequence[str]) -> Findings:
     """Measure all cases of a subject under the roof of this machine."""
     from moesaic.bench.layer_figure import draw
+    from moesaic.bench.layer_sweeps import draw_sweeps
 
     roof = measured_roof(options.device, options.say)
     found = []
@@ -394,9 +401,10 @@ def run_subject(subject: Subject, chosen: Sequence[Case], options: Options, note
     title = f"{subject.title}; the roof: {rates}, {three(roof.copy_bytes_per_s / 1e9)} GB/s"
     checked = [f"{one.case.name}: checked on {one.checked_on}" for one in found if one.checked_on]
     lines = [line for one in found for line in one.lines(roof)]
+    timed = [one for one in found if one.timings]
     return Findings(
         [row for one in found for row in one.rows(roof)],
         [Table(title, HEADER, lines, (*said, *notes, *COMMON_NOTES, *checked, *reasons))],
-        partial(draw, [one for one in found if one.timings], roof, subject.name),
+        lambda folder: [*draw(timed, roof, subject.name, folder), *draw_sweeps(timed, subject.name, folder)],
         {"roof": vars(roof), "geometric_means": means}, failures,
     )  # fmt: skip

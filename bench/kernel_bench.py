@@ -145,13 +145,14 @@ BENCHES: dict[str, Benchmark] = {
         _grouped_matmul,
     ),
     "layer": Benchmark(
-        "expert layers without a router, forward and backward, ours against PyTorch and libraries",
+        "mixture-of-experts layers, router included, forward and backward, ours against PyTorch and libraries",
         {
             "torch-grouped-mm": "gather, torch.nn.functional.grouped_mm, SiLU, grouped_mm, weighted sum",
             "torch-loop": "a loop over the experts that have tokens",
             "torch-bmm": "every choice's weights gathered, then batched products: few tokens, tiny experts",
-            "transformers-eager": "transformers' experts module, eager",
-            "transformers-grouped-mm": "transformers' experts module, grouped_mm",
+            "transformers-eager": "transformers' Mixtral layer, eager",
+            "transformers-batched-mm": "transformers' Mixtral layer, batched_mm",
+            "transformers-grouped-mm": "transformers' Mixtral layer, grouped_mm",
             "liger": "Liger-Kernel's fused mixture of experts, on a GPU",
             "scattermoe": "ScatterMoE's linear operations, on a GPU",
         },

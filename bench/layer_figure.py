@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 
 from moesaic.bench.bench_layer import GIVEN, Measured, three
 from moesaic.bench.interleave import ratio
-from moesaic.bench.layer_peers import OURS, SHORT
+from moesaic.bench.layer_cases import SHORT
+from moesaic.bench.layer_peers import OURS
 from moesaic.bench.palette import DENSE, FOURTH, INK, MOE, MUTED, THIRD
 from moesaic.bench.plot_style import log_axis, panels, save, style
 from moesaic.bench.roofline import Roof
@@ -23,7 +24,7 @@ def draw(found: Sequence[Measured], roof: Roof, name: str, folder: Path) -> list
         return []
     with style():
         figure, axes = panels(2, 2, width=4.4, height=1.0)
-        height = 0.9 + max(0.25, 0.13 * (len(_looks(found)) - 1)) * len(found)
+        height = 0.9 + max(0.25, 0.13 * (len(looks(found)) - 1)) * len(found)
         figure.set_size_inches(9.2, 3.6 + height)
         if (grid := axes[0][0].get_gridspec()) is not None:
             grid.set_height_ratios([3.6, height])
@@ -47,9 +48,18 @@ def draw(found: Sequence[Measured], roof: Roof, name: str, folder: Path) -> list
     return [folder / f"bench-{name}.{kind}" for kind in ("png", "svg")]
 
 
-def _looks(found: Sequence[Measured]) -> dict[str, tuple[str, str]]:
+def looks(found: Sequence[Measured]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each side."""
-    given = [(DENSE, "s"), (THIRD, "D"), (FOURTH, "^"), (MUTED, "v"), (INK, "P"), (DENSE, "X"), (THIRD, "<")]
+    given = [
+        (DENSE, "s"),
+        (THIRD, "D"),
+        (FOURTH, "^"),
+        (MUTED, "v"),
+        (INK, "P"),
+        (DENSE, "X"),
+        (THIRD, "<"),
+        (FOURTH, ">"),
+    ]
     names = dict.fromkeys(name for one in found for timings in one.timings.values() for name in timings)
     peers = [name for name in names if name != OURS]
     return {OURS: (MOE, "o"), **dict(zip(peers, given, strict=False))}
@@ -70,7 +80,7 @@ def _draw_roof(axes: Axes, found: Sequence[Measured], roof: Roof, backward: bool
         words = f"{three(rate / unit)} {unit_name}"
         axes.annotate(words, (high, roof.attainable(high, dtype)), (-2, 3), **beside)
     here = [(number, one) for number, one in enumerate(found, 1) if backward in one.timings]
-    for name, (colour, marker) in _looks(found).items():
+    for name, (colour, marker) in looks(found).items():
         marks = [
             (one.intensity(backward), one.rate(backward, name)) for _, one in here if name in one.timings[backward]
         ]
@@ -96,8 +106,8 @@ def _unit(roof: Roof) -> tuple[float, str]:
 
 
 def _draw_ratios(axes: Axes, found: Sequence[Measured], backward: bool) -> None:
-    looks = _looks(found)
-    peers = [name for name in looks if name != OURS]
+    marks = looks(found)
+    peers = [name for name in marks if name != OURS]
     ends = [1.0]
     axes.axvline(1.0, color=MUTED, lw=1.0)
     for place, name in enumerate(peers):
@@ -108,7 +118,7 @@ def _draw_ratios(axes: Axes, found: Sequence[Measured], backward: bool) -> None:
                 continue
             times = ratio(timings[name], timings[OURS])
             bars = [[times["median"] - times["low"]], [times["high"] - times["median"]]]
-            colour, marker = looks[name]
+            colour, marker = marks[name]
             axes.errorbar(times["median"], y + shift, xerr=bars, fmt=marker, color=colour, ms=4, mew=0, elinewidth=1)
             axes.annotate(
                 three(times["median"]), (times["high"], y + shift), (4, 0), textcoords="offset points", va="center",

@@ -16,7 +16,8 @@ from moesaic.bench import bench_grouped_matmul
 from moesaic.bench.bench_grouped_matmul import PRODUCT, SIDES, ProductTurn, cost, product_turns, run
 from moesaic.bench.bench_layer import judge, measure, results
 from moesaic.bench.kernel_bench import BENCHES, Options, Table
-from moesaic.bench.layer_peers import OURS, Case, Sample
+from moesaic.bench.layer_cases import Case, Sample
+from moesaic.bench.layer_peers import OURS
 from moesaic.bench.roofline import Roof
 from moesaic.kernels import grouped_matmul, reference
 

@@ -14,30 +14,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from moesaic.bench import bench_layer, layer_peers
+from moesaic.bench import bench_layer, layer_cases, layer_peers
 from moesaic.bench.bench_layer import LAYER, PEER_BUDGET, Measured, geomeans, judge, measure, results, run_subject
 from moesaic.bench.interleave import NotRunError, Timing
 from moesaic.bench.kernel_bench import BENCHES, Options
-from moesaic.bench.layer_figure import draw
-from moesaic.bench.layer_peers import (
-    OURS,
-    SIDES,
-    TWELVE,
-    Case,
-    LayerTurn,
-    Sample,
-    cases,
-    draw_ids,
-    draw_sample,
-    layer_turns,
-    n_turns,
-)
+from moesaic.bench.layer_cases import TWELVE, Case, Sample, cases, draw_ids, draw_sample, n_turns
+from moesaic.bench.layer_figure import draw, looks
+from moesaic.bench.layer_peers import OURS, SIDES
+from moesaic.bench.layer_sweeps import draw_sweeps, sweeps
+from moesaic.bench.layer_turns import LayerTurn, best, layer_turns
 from moesaic.bench.roofline import Roof
 from moesaic.kernels import expert_mlp, reference
 
 SMALL = Case(24, 16, 8, 5, 2, "float32")
 NARROW = Case(10, 16, 1, 64, 3, "bfloat16", "tiny")
 DECODE = Case(2, 16, 8, 12, 2, "float32", "decode")
+ALONE, NARROW_ALONE = replace(SMALL, router=False), replace(NARROW, router=False)
 CPU_PEERS = ("torch-grouped-mm", "torch-loop", "torch-bmm")
 
 
@@ -54,10 +46,14 @@ def everything(case: Case) -> Sample:
 
 def oracle(turn: LayerTurn) -> dict[str, Tensor]:
     """Every expert on every token in float64, differentiated by torch."""
-    x, up, down, weights = (tensor.detach().double().requires_grad_() for tensor in turn.leaves)
-    y = reference.expert_mlp(x, up.mT, down.mT, weights, turn.ids)
-    dx, dup, ddown, dweights = torch.autograd.grad(y, (x, up, down, weights), turn.grad.double())
-    return {"y": y.detach(), "dx": dx, "d weights": dweights, "d gate_up": dup, "d down": ddown}
+    x, up, down, last = (tensor.detach().double().requires_grad_() for tensor in turn.leaves)
+    weights, ids = last, turn.ids
+    if turn.router is not None:
+        weights, ids = reference.route_topk(x @ last.T, turn.ids.shape[1], renormalize=True)
+    y = reference.expert_mlp(x, up.mT, down.mT, weights, ids)
+    dx, dup, ddown, dlast = torch.autograd.grad(y, (x, up, down, last), turn.grad.double())
+    name = "d weights" if turn.router is None else "d router"
+    return {"y": y.detach(), "dx": dx, "d gate_up": dup, "d down": ddown, name: dlast}
 
 
 def test_the_cases_are_those_of_the_report() -> None:
@@ -66,6 +62,10 @@ def test_the_cases_are_those_of_the_report() -> None:
     assert {case.n_tokens * case.d_model for case in TWELVE} == {40960 * 768, 24576 * 1536, 32768 * 4096}
     assert all(case.top_k * case.d_ff in (2048, 4096, 8192) for case in TWELVE)
     assert {case.n_tokens for case in full if case.group == "decode"} == {1, 8, 64, 256}
+    assert [case.n_experts for device in ("cpu", "cuda") for case in cases(device, quick=False) if not case.router] == [
+        10**6,
+        10**6,
+    ]
     assert {(case.d_ff, case.n_experts, case.top_k) for case in full if case.group == "tiny"} == {
         (64, 1024, 64),
         (16, 4096, 128),
@@ -81,7 +81,7 @@ def test_the_cases_are_those_of_the_report() -> None:
 
 
 def test_flops_and_bytes_are_counted_once() -> None:
-    case = Case(10, 6, 4, 7, 2, "float32")
+    case = Case(10, 6, 4, 7, 2, "float32", router=False)
     assert case.flops(backward=False) == 6 * 10 * 2 * 6 * 4
     assert case.flops(backward=True) == 18 * 10 * 2 * 6 * 4
     forward = 4 * (5 * 72 + 2 * 60 + 20) + 8 * 20
@@ -89,7 +89,13 @@ def test_flops_and_bytes_are_counted_once() -> None:
     backward = 4 * (5 * 72 + 3 * 60 + 2 * 20 + 2 * 8 * 20 + 7 * 72) + 8 * 20
     assert case.least_bytes(5, backward=True) == forward + backward
     assert case.weight_bytes == 4 * 7 * 72
-    assert case.name == "10, 6, 4, 7, 2, fp32"
+    assert case.name == "10, 6, 4, 7, 2, fp32, experts alone"
+    whole = replace(case, router=True)
+    assert whole.name == "10, 6, 4, 7, 2, fp32"
+    assert whole.flops(backward=False) - case.flops(backward=False) == 2 * 10 * 6 * 7
+    assert whole.flops(backward=True) == 3 * whole.flops(backward=False)
+    assert whole.least_bytes(5, backward=False) == forward + 4 * 7 * 6 - (4 + 8) * 20
+    assert whole.least_bytes(5, backward=True) == forward + backward + 4 * 3 * 7 * 6
 
 
 @pytest.mark.parametrize(("n_experts", "top_k"), [(6, 6), (7, 5), (16, 2), (400, 20)])
@@ -131,7 +137,24 @@ def test_a_sample_has_all_where_it_is_few_else_busy_and_idle_experts() -> None:
     assert small.experts.tolist() == [*range(5)]
 
 
-@pytest.mark.parametrize("case", [SMALL, DECODE], ids=lambda case: case.name)
+def test_a_choice_that_rounding_may_change_is_not_checked() -> None:
+    router = torch.eye(4)
+    x = torch.tensor([[3.0, 2.0, 1.0, 0.0], [3.0, 2.0, 2.0 - 2.0**-20, 0.0], [3.0, 3.0, 1.0, 0.0]])
+    ids, clear = best(x, router, 2)
+    assert ids.sort(1).values.tolist() == [[0, 1]] * 3
+    assert clear.tolist() == [True, False, True]
+    assert best(x, router, 4)[1].all()
+    assert best(x.bfloat16(), router.bfloat16(), 3)[1].tolist() == [True] * 3
+    turns = layer_turns(Case(4096, 8, 4, 64, 2, "bfloat16"), "cpu")
+    sure = turns[0].clear
+    assert sure is not None
+    assert 0.5 < sure.double().mean() < 1.0
+    assert not turns[0].grad[~sure].any()
+    assert sure[draw_sample(turns[0].ids, 64, sure).tokens].all()
+    assert draw_sample(turns[0].ids, 64, torch.zeros_like(sure)).tokens.numel() == 1024
+
+
+@pytest.mark.parametrize("case", [SMALL, DECODE, ALONE], ids=lambda case: case.name)
 def test_the_reference_is_the_definition_and_a_sample_is_part_of_it(case: Case) -> None:
     turn = layer_turns(case, "cpu")[0]
     truth = oracle(turn)
@@ -141,7 +164,8 @@ def test_the_reference_is_the_definition_and_a_sample_is_part_of_it(case: Case) 
         torch.testing.assert_close(one, truth[name], rtol=1e-10, atol=1e-12, msg=name)
     sample = Sample(torch.arange(0, case.n_tokens, 2), torch.tensor([1, 3, 4]))
     part = turn.reference(sample, torch.float64)
-    whole = turn.picked(truth["y"], [truth[name] for name in ("dx", "d gate_up", "d down", "d weights")], sample)
+    last = "d router" if case.router else "d weights"
+    whole = turn.picked(truth["y"], [truth[name] for name in ("dx", "d gate_up", "d down", last)], sample)
     for name, one in part.items():
         torch.testing.assert_close(one, whole[name], rtol=1e-10, atol=1e-12, msg=name)
 
@@ -150,10 +174,10 @@ def test_the_reference_is_the_definition_and_a_sample_is_part_of_it(case: Case) 
     ("case", "name"),
     [
         (case, name)
-        for case in (SMALL, NARROW, DECODE)
+        for case in (SMALL, NARROW, DECODE, ALONE, NARROW_ALONE)
         for name in (OURS, *CPU_PEERS)
         # torch's grouped product wants rows of 16 bytes
-        if (case, name) != (NARROW, "torch-grouped-mm")
+        if (case.d_ff, name) != (1, "torch-grouped-mm")
     ],
     ids=lambda value: value.name if isinstance(value, Case) else value,
 )
@@ -169,6 +193,8 @@ def test_every_side_computes_the_layer(case: Case, name: str) -> None:
 def test_few_independent_roundings_leave_room_for_chance() -> None:
     assert bench_layer.layer_roundings(NARROW, "y", 10 * 16) == 10
     assert bench_layer.layer_roundings(NARROW, "d weights", 30) == 30
+    assert bench_layer.layer_roundings(SMALL, "d router", 5 * 16) == 5 * 9
+    assert bench_layer.layer_roundings(NARROW, "d router", 64 * 16) == 1
     assert bench_layer.layer_roundings(TWELVE[0], "dx", 256 * 768) == 256 * 256
     wide = Case(4, 16, 32, 2, 2)
     assert bench_layer.layer_roundings(wide, "y", 64) == 64
@@ -179,34 +205,43 @@ def _poisoned(turn: LayerTurn) -> Tensor:
     sampled = draw_sample(turn.ids, 64).experts
     assert sampled.numel() < 64
     other = turn.down[next(e for e in range(64) if e not in sampled), 0, 0]
-    return SIDES[OURS](NARROW, "cpu")(turn) + (other - other.detach()).sqrt()
+    return SIDES[OURS](NARROW_ALONE, "cpu")(turn) + (other - other.detach()).sqrt()
 
 
 def _with(**changed: Callable[[LayerTurn], Tensor]) -> Callable[[LayerTurn], Tensor]:
     def side(turn: LayerTurn) -> Tensor:
         other = replace(turn, **{name: change(turn) for name, change in changed.items()})
-        return SIDES[OURS](SMALL, "cpu")(other)
+        return SIDES[OURS](ALONE, "cpu")(other)
 
     return side
+
+
+def _whole(turn: LayerTurn) -> Tensor:
+    """The layer with a router that need not be a parameter."""
+    assert turn.router is not None
+    return SIDES["torch-loop"](SMALL, "cpu")(turn)
 
 
 @pytest.mark.parametrize(
     ("case", "side"),
     [
-        (SMALL, lambda turn: 0.0 * _with()(turn)),
-        (SMALL, lambda turn: 1.0001 * _with()(turn)),
-        (SMALL, _with(ids=lambda turn: (turn.ids + 1) % 5)),
-        (SMALL, _with(weights=lambda turn: turn.weights * (turn.ids != 2))),
-        (SMALL, _with(weights=lambda turn: turn.weights.detach() + 0.0 * turn.weights)),
-        (SMALL, lambda turn: _with()(turn) if torch.is_grad_enabled() else _with()(turn).roll(1, 0)),
-        (NARROW, _poisoned),
-        (NARROW, _with(x=lambda turn: (turn.x * 1.02).to(torch.bfloat16))),
+        (ALONE, lambda turn: 0.0 * _with()(turn)),
+        (ALONE, lambda turn: 1.0001 * _with()(turn)),
+        (ALONE, _with(ids=lambda turn: (turn.ids + 1) % 5)),
+        (ALONE, _with(weights=lambda turn: turn.weights * (turn.ids != 2))),
+        (ALONE, _with(weights=lambda turn: turn.weights.detach() + 0.0 * turn.weights)),
+        (ALONE, lambda turn: _with()(turn) if torch.is_grad_enabled() else _with()(turn).roll(1, 0)),
+        (NARROW_ALONE, _poisoned),
+        (NARROW_ALONE, _with(x=lambda turn: (turn.x * 1.02).to(torch.bfloat16))),
+        (SMALL, lambda turn: 1.0001 * _whole(turn)),
+        (SMALL, lambda turn: _whole(replace(turn, router=turn.router.roll(1, 0)))),
+        (SMALL, lambda turn: _whole(replace(turn, router=turn.router.detach() + 0.0 * turn.router))),
     ],
 )
 def test_a_wrong_side_of_ours_has_no_speed_and_fails_the_benchmark(
     case: Case, side: Callable[[LayerTurn], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer_peers, "MOST_EXPERTS", 8)
+    monkeypatch.setattr(layer_cases, "MOST_EXPERTS", 8)
     wrong = replace(LAYER, sides={**SIDES, OURS: lambda case, device: side})
     found = run_subject(wrong, [case, DECODE], options("torch-loop"), ())
     [failure] = [one for one in found.failures if case.name in one]
@@ -223,7 +258,7 @@ def test_a_wrong_slow_or_broken_peer_has_a_reason_and_the_others_run(monkeypatch
         raise RuntimeError("\n  too odd a shape\nat line 7")
 
     sides = {**SIDES, "wrong": lambda case, device: _with(x=lambda turn: 1.1 * turn.x), "broken": broken}
-    found = measure(replace(LAYER, sides=sides), SMALL, options("wrong", "broken", "liger", "torch-loop"))
+    found = measure(replace(LAYER, sides=sides), ALONE, options("wrong", "broken", "liger", "torch-loop"))
     assert found.not_run["broken"] == "RuntimeError: too odd a shape"
     assert found.not_run["liger"] == "takes a CUDA device"
     assert found.not_run["wrong"].startswith("error of y alone")
@@ -311,10 +346,11 @@ def test_libraries_are_called_as_they_want_to_be(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("name", ["transformers-eager", "transformers-grouped-mm"])
-def test_transformers_computes_the_layer(name: str) -> None:
-    turn = layer_turns(SMALL, "cpu")[0]
-    found = results(SIDES[name](SMALL, "cpu"), turn, everything(SMALL))
+@pytest.mark.parametrize("case", [SMALL, ALONE], ids=lambda case: case.name)
+@pytest.mark.parametrize("name", ["transformers-eager", "transformers-batched-mm", "transformers-grouped-mm"])
+def test_transformers_computes_the_layer(name: str, case: Case) -> None:
+    turn = layer_turns(case, "cpu")[0]
+    found = results(SIDES[name](case, "cpu"), turn, everything(case))
     assert judge(found, oracle(turn), dict.fromkeys(found, 0.0), PEER_BUDGET)[1] == ""
 
 
@@ -363,6 +399,37 @@ def test_a_run_has_rows_a_table_and_a_figure(tmp_path: Path, roof: Roof) -> None
 def _timed(case: Case, seconds: float, peer: float | None) -> Measured:
     timings = {OURS: Timing(1, (seconds,))} | ({} if peer is None else {"torch-loop": Timing(1, (peer,))})
     return Measured(case, {False: (1e12, 1e9), True: (3e12, 3e9)}, {False: timings, True: timings})
+
+
+def test_ratios_are_drawn_against_tokens_and_against_experts(tmp_path: Path) -> None:
+    over_t = [_timed(replace(SMALL, n_tokens=size), 1.0, size / 8) for size in (4, 8, 16, 64)]
+    over_e = [_timed(replace(SMALL, n_experts=size), 1.0, 1.0 + size / 8) for size in (8, 16, 32)]
+    apart = [_timed(replace(SMALL, d_ff=size), 1.0, 2.0) for size in (9, 10)]
+    everything_timed = [*over_t, *over_e, *apart]
+    assert sweeps(everything_timed, lambda case: replace(case, n_tokens=0)) == [over_t]
+    assert sweeps(everything_timed, lambda case: replace(case, n_experts=0)) == [over_e]
+    assert sweeps(apart, lambda case: replace(case, n_tokens=0)) == []
+    paths = draw_sweeps(everything_timed, "layer", tmp_path)
+    assert [path.name for path in paths] == ["bench-layer-sweeps.png", "bench-layer-sweeps.svg"]
+    text = paths[1].read_text()
+    assert "tokens T" in text
+    assert "experts E" in text
+    assert text.count("torch-loop") == 1
+    assert ">5</text>" in text.replace("\n", "")
+    assert draw_sweeps(apart, "layer", tmp_path) == []
+    for device in ("cpu", "cuda"):
+        timed = [_timed(case, 1.0, 2.0) for case in cases(device, quick=False)]
+        assert all(
+            sweeps(timed, lambda case, name=name: replace(case, **{name: 0})) for name in ("n_tokens", "n_experts")
+        )
+
+
+def test_every_peer_has_a_look_of_its_own() -> None:
+    one = _timed(SMALL, 1.0, 2.0)
+    timings = dict.fromkeys(SIDES, Timing(1, (1.0,)))
+    found = looks([replace(one, timings={False: timings, True: timings})])
+    assert found.keys() == SIDES.keys()
+    assert len({*found.values()}) == len(SIDES)
 
 
 def test_geometric_means_are_of_all_twelve_or_not_given() -> None:
