@@ -39,7 +39,7 @@ def draw_sweeps(found: Sequence[Measured], name: str, folder: Path) -> list[Path
         for column, (group, key) in enumerate(columns):
             for row, (backward, which) in enumerate(GIVEN.items()):
                 _draw_sweep(axes[row][column], group, looks(found), key, backward)
-                axes[row][column].set_title(f"{which.capitalize()}: {_fixed(group[0].case, key)}")
+                axes[row][column].set_title(which.capitalize())
                 axes[row][column].set_ylabel("peer's time over ours" if column == 0 else "")
         handles = {
             label: handle
@@ -83,7 +83,8 @@ def _draw_sweep(
         axes.annotate(three(middle[-1]), (x[-1], middle[-1]), (5, 0), textcoords="offset points", va="center",
                       fontsize=7, color=colour)  # fmt: skip
         ends += middle
-    log_axis(axes, [place(one) for one in here], "tokens T" if key == "T" else "experts E", base=2.0)
+    label = f"{'tokens T' if key == 'T' else 'experts E'}  ({_fixed(group[0].case, key)})"
+    log_axis(axes, [place(one) for one in here], label, base=2.0)
     axes.set_yscale("log")
     low, high = min(ends) / 1.3, max(ends) * 1.3
     steps = [s * 10.0**e for e in range(-2, 4) for s in (1, 2, 5) if low <= s * 10.0**e <= high]
