@@ -34,7 +34,7 @@ def draw(found: Sequence[Measured], roof: Roof, name: str, folder: Path) -> list
             _draw_roof(above, found, roof, backward)
             _draw_ratios(below, found, backward)
             above.set_title(which.capitalize())
-            below.set_title(f"Peer's time over ours, {which}")
+            below.set_title(f"{which.capitalize()}: peer's time over ours")
         axes[0][0].set_ylabel(f"useful {_unit(roof)[1]}")
         axes[1][0].set_ylabel("T, d, n, E, k")
         axes[1][1].tick_params(labelleft=False)
@@ -50,16 +50,8 @@ def draw(found: Sequence[Measured], roof: Roof, name: str, folder: Path) -> list
 
 def looks(found: Sequence[Measured]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each side."""
-    given = [
-        (DENSE, "s"),
-        (THIRD, "D"),
-        (FOURTH, "^"),
-        (MUTED, "v"),
-        (INK, "P"),
-        (DENSE, "X"),
-        (THIRD, "<"),
-        (FOURTH, ">"),
-    ]
+    shown = (MUTED, "v"), (INK, "P"), (DENSE, "X"), (THIRD, "<"), (FOURTH, ">")
+    given = [(DENSE, "s"), (THIRD, "D"), (FOURTH, "^"), *shown]
     names = dict.fromkeys(name for one in found for timings in one.timings.values() for name in timings)
     peers = [name for name in names if name != OURS]
     return {OURS: (MOE, "o"), **dict(zip(peers, given, strict=False))}

@@ -125,14 +125,17 @@ def save(figure: Figure, folder: Path, name: str) -> str:
 
 
 def log_axis(axes: Axes, values: Sequence[float], label: str, *, base: float = 10.0) -> None:
-    """A logarithmic x axis with ticks in 1-2-5 steps; for ``base=2`` at powers of two, written as fractions."""
+    """A logarithmic x axis with ticks in 1-2-5 steps; for ``base=2`` at powers of two, written as fractions.
+
+    Over more than three decades the steps are decades.
+    """
     axes.set_xlabel(label)
     known = [v for v in values if math.isfinite(v) and v > 0]
     if not known:
         return
     axes.set_xscale("log", base=base)
     low, high = min(known), max(known)
-    steps = (1,) if base == 2.0 else (1, 2, 5)
+    steps = (1,) if base == 2.0 or high > 1e3 * low else (1, 2, 5)
     powers = range(math.floor(math.log(low, base)) - 1, math.ceil(math.log(high, base)) + 2)
     ticks = [s * base**e for e in powers for s in steps if low / 1.6 <= s * base**e <= high * 1.6]
     axes.set_xticks(ticks, [_fraction(t) if base == 2.0 else si(t) for t in ticks])
