@@ -12,7 +12,7 @@ from moesaic.kernels._backend import BACKENDS
 
 ROUTING_OPS = ("route_topk", "group_by_expert")
 GROUPED_OPS = ("grouped_matmul", "expert_mlp")
-"""Ops that heed ``MOESAIC_BACKEND``; the device alone chooses for the others."""
+"""Ops that heed ``MOESAIC_BACKEND`` everywhere; those of routing on a CPU, others never."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,10 @@ def op_backends(device: str) -> list[Backend]:
     else:
         routing = ("torch", "Numba is missing; PyTorch does without it, slower")
         training = ("none", "Numba is missing; --impl torch trains without it, slower")
-    found = [Backend(op, routing[0], routing[1] + note) for op in ROUTING_OPS]
+    if asked and device == "cpu":
+        found = [Backend(op, *_grouped(device, asked, numba_here)) for op in ROUTING_OPS]
+    else:
+        found = [Backend(op, routing[0], routing[1] + note) for op in ROUTING_OPS]
     found += [Backend(op, *_grouped(device, asked, numba_here)) for op in GROUPED_OPS]
     return [*found, Backend("train_ensemble", training[0], training[1] + note)]
 
@@ -125,8 +128,8 @@ def _grouped(device: str, asked: str | None, numba_here: bool) -> tuple[str, str
     if (asked or ("cpu" if device == "cpu" else "triton")) == "triton":
         return "triton", f"{because}; float64 takes PyTorch"
     if numba_here:
-        return "numba", f"{because}: groups of many rows PyTorch multiplies, of few Numba"
-    return "torch", f"{because} and Numba is missing: a product per group, slower where they are small"
+        return "numba", f"{because} and Numba is installed"
+    return "torch", f"{because} and Numba is missing; PyTorch does without it, slower"
 
 
 def energy_meters() -> list[Meter]:

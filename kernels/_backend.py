@@ -19,6 +19,8 @@ BACKENDS = ("triton", "cpu")
 def uses_triton(tensor: Tensor) -> bool:
     """Return whether Triton computes with a tensor: on a GPU, but for float64; ``MOESAIC_BACKEND`` overrides.
 
+    Routing heeds ``triton``, for the interpreter, and not ``cpu``: its CPU twin takes no tensors of a GPU.
+
     Raises:
         ValueError: ``MOESAIC_BACKEND`` is neither ``triton`` nor ``cpu``, or is ``triton`` for a tensor on another
             device than a GPU and without ``TRITON_INTERPRET=1``.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from moesaic.kernels._backend import uses_triton
 from moesaic.kernels._extras import numba_twin
 
 
@@ -61,7 +62,7 @@ def group_by_expert(ids: Tensor, n_experts: int) -> Grouping:
 @torch.library.custom_op("moesaic::group_by_expert", mutates_args=())
 def _group(ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Offsets (E + 2), of which the last group are the skipped, permutation and inverse of ids (T·k)."""
-    if ids.is_cuda:
+    if uses_triton(ids):
         from moesaic.kernels import dispatch_triton
 
         with torch.cuda.device_of(ids):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from moesaic.kernels._backend import uses_triton
 from moesaic.kernels._extras import numba_twin
 from moesaic.kernels._threads import in_parts
 from moesaic.kernels.routing_options import RoutingOptions
@@ -103,7 +104,7 @@ def can_fuse(device: torch.device, n_experts: int, options: RoutingOptions) -> b
 def route_rows(logits: Tensor, bias: Tensor | None, options: RoutingOptions, *, first_row: int = 0) -> _Outputs:
     """Route contiguous logits (T, E) by the kernels of their device; ``first_row`` numbers the rows for ties."""
     bias = None if bias is None else bias.contiguous()
-    if logits.device.type == "cpu":
+    if logits.device.type == "cpu" and not uses_triton(logits):
         return on_cpu(logits, bias, options, first_row=first_row)
     from moesaic.kernels import routing_triton, routing_wide_triton
 
@@ -120,7 +121,7 @@ def route_rows_backward(
     """Return dL/dlogits by the kernels of their device."""
     grad_probs = None if grad_probs is None else grad_probs.float().contiguous()
     grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
-    if logits.device.type == "cpu":
+    if logits.device.type == "cpu" and not uses_triton(logits):
         return backward_on_cpu(logits, weights, ids, grad_weights, grad_probs, grad_lse, options)
     from moesaic.kernels import routing_triton, routing_wide_triton
 

@@ -1,4 +1,4 @@
-"""What the tests of Triton kernels share."""
+"""What the tests of Triton kernels share, and of what is built of them."""
 
 from __future__ import annotations
 
