@@ -83,7 +83,7 @@ def drop_over_capacity(ids: Tensor, n_experts: int, capacity_factor: float) -> C
     Raises:
         ValueError: naming the argument, its value and what it takes.
     """
-    if not (math.isfinite(capacity_factor) and capacity_factor > 0):
+    if not 0 < capacity_factor < math.inf:  # isfinite cannot be traced with a symbolic number
         raise ValueError(f"capacity_factor must be a finite number > 0, got {capacity_factor!r}")
     grouping, ids = group_by_expert(ids, n_experts), ids.to(torch.int64)
     # Less a rounding error: 1.1 · 100 / 10 is more than 11 in floating point.

@@ -75,7 +75,7 @@ def checked_options(
         raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
     if bias is not None and bias.shape != (n_experts,):
         raise ValueError(f"bias must have shape ({n_experts},), got {tuple(bias.shape)}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # isfinite cannot be traced with a symbolic number
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if tie_seed is not None and not (isinstance(tie_seed, int) and 0 <= tie_seed < 2**63):
         raise ValueError(f"tie_seed must be None or an integer from 0 to 2^63 - 1, got {tie_seed!r}")
