@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,19 +17,19 @@ PATIENCE_S = 240
 
 
 class Ranks(NamedTuple):
-    """What became of a group of processes: exit statuses, None where it had to be killed; outcomes by function."""
+    """What became of processes: exit statuses, none where they had to be killed; outcomes by function, per rank."""
 
-    statuses: list[int | None]
+    statuses: list[int]
     outcomes: list[dict[str, dict[str, Any]]]
-    said: list[str]
+    said: str
     folder: Path
 
     def values(self, name: str) -> list[Any]:
         """What a function returned on every rank; fails where one raised, or was never reached."""
         for rank, outcomes in enumerate(self.outcomes):
-            outcome = outcomes.get(name, {"error": f"not reached; status {self.statuses[rank]}: {self.said[rank]}"})
+            outcome = outcomes.get(name, {"error": f"not reached; statuses {self.statuses}: {self.said}"})
             if outcome["error"] is not None:
-                pytest.fail(f"rank {rank} of {len(self.statuses)}: {outcome['error']}", pytrace=False)
+                pytest.fail(f"rank {rank} of {len(self.outcomes)}: {outcome['error']}", pytrace=False)
         return [outcomes[name]["value"] for outcomes in self.outcomes]
 
 
@@ -41,32 +42,23 @@ def run_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         key = (size, tuple(names))
         if key not in runs:
             folder = tmp_path_factory.mktemp("ranks")
-            script = Path(__file__).with_name("run_rank.py")
-            commands = [
-                [sys.executable, "-W", "error", script, request.path, ",".join(names), str(rank), str(size), folder]
-                for rank in range(size)
-            ]
-            logs = [(folder / f"{rank}.txt").open("w") for rank in range(size)]
-            processes = [
-                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-                for command, log in zip(commands, logs, strict=True)
-            ]
-            end = time.monotonic() + PATIENCE_S
-            statuses: list[int | None] = []
-            for process in processes:
+            script = Path(__file__).with_name("fork_ranks.py")
+            command = [sys.executable, "-W", "error", script, request.path, ",".join(names), str(size), folder]
+            with (folder / "said.txt").open("w") as said:
+                process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
                 try:
-                    statuses.append(process.wait(max(end - time.monotonic(), 0.1)))
+                    process.wait(PATIENCE_S)
                 except subprocess.TimeoutExpired:
-                    statuses.append(None)
-                    process.kill()
+                    os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
-            for log in logs:
-                log.close()
-            files = [folder / f"{rank}.jsonl" for rank in range(size)]
+            statuses, files = folder / "statuses.json", [folder / f"{rank}.jsonl" for rank in range(size)]
             lines = [file.read_text().splitlines() if file.exists() else [] for file in files]
-            outcomes = [{line["name"]: line for line in map(json.loads, theirs)} for theirs in lines]
-            said = [(folder / f"{rank}.txt").read_text()[-4000:] for rank in range(size)]
-            runs[key] = Ranks(statuses, outcomes, said, folder)
+            runs[key] = Ranks(
+                json.loads(statuses.read_text()) if statuses.exists() else [],
+                [{line["name"]: line for line in map(json.loads, theirs)} for theirs in lines],
+                (folder / "said.txt").read_text()[-4000:],
+                folder,
+            )
         return runs[key]
 
     return run

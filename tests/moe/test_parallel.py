@@ -416,7 +416,7 @@ def check_copies_pickles_and_repr(group: dist.ProcessGroup, folder: Path) -> Non
     assert repr(moe).endswith(f"capacity_factor=None, process_group={group.size()} ranks)")
 
 
-def check_compiles_and_reruns(group: dist.ProcessGroup, folder: Path) -> None:
+def compiles_and_reruns(group: dist.ProcessGroup, folder: Path) -> None:
     truth = layer(group, n_shared_experts=1)
     y = truth(tokens(group.rank()))
     y.backward(upstream(group.rank()))
@@ -461,25 +461,6 @@ def check_ddp_refuses_sharded_experts(group: dist.ProcessGroup, folder: Path) ->
         nn.parallel.DistributedDataParallel(layer(group), process_group=group)
 
 
-CHECKS = [name for name in globals() if name.startswith("check_")]
-
-
-@pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("size", [2, 4])
-def test_ranks(run_ranks: Callable[..., Any], size: int, name: str) -> None:
-    run_ranks(size, CHECKS).values(name)
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("size", [2, 4])
-def test_one_process_loads_what_ranks_saved(run_ranks: Callable[..., Any], size: int) -> None:
-    moe, truth = layer(seed=6, bias=True), layer(seed=5, bias=True)
-    state = {"moe": moe.state_dict()}
-    dcp.load(state, checkpoint_id=run_ranks(size, CHECKS).folder / f"dcp{size}", no_dist=True)
-    moe.load_state_dict(state["moe"])
-    assert all(torch.equal(a, b) for a, b in zip(moe.parameters(), truth.parameters(), strict=True))
-
-
 def test_training_helpers_ask_for_expert_parallelism() -> None:
     for helper in (parameter_groups, reduce_gradients, lambda module: clip_gradients(module, 1.0)):
         with pytest.raises(ValueError, match=r"module must have MoE layers with process_group, .* got 0 groups"):
@@ -501,13 +482,12 @@ def dying(here: bool) -> Iterator[None]:
     parallel.expert_mlp = expert_mlp
 
 
-def four_ranks_of_which_three_fail(group: dist.ProcessGroup, folder: Path) -> list[list[str]]:
+def three_of_four_ranks_fail(group: dist.ProcessGroup, folder: Path) -> list[list[str]]:
     """The last rank dies in forward; of three the last in backward; of two one does not come."""
     rank, seen = group.rank(), []
-
-    def among(size: int, seconds: int = 60) -> MoE:
-        timeout = timedelta(seconds=seconds)
-        return layer(dist.new_group(list(range(size)), timeout=timeout, use_local_synchronization=True), n_experts=12)
+    # All of them now, while all ranks live.
+    groups = {size: dist.new_group(list(range(size)), timeout=timedelta(seconds=30)) for size in (4, 3)}
+    groups[2] = dist.new_group([0, 1], timeout=timedelta(seconds=10))
 
     @contextmanager
     def an_error() -> Iterator[None]:
@@ -515,16 +495,16 @@ def four_ranks_of_which_three_fail(group: dist.ProcessGroup, folder: Path) -> li
             yield
         seen.append([str(caught.value), str(caught.value.__cause__)])
 
-    moe = among(4)
+    moe = layer(groups[4], n_experts=12)
     with dying(rank == 3), an_error():
         moe(tokens(0))
-    moe = among(3)
+    moe = layer(groups[3], n_experts=12)
     if rank == 2:
         moe.up.register_hook(lambda grad: os.kill(os.getpid(), signal.SIGKILL))
     y = moe(tokens(0).requires_grad_())
     with an_error():
         y.backward(upstream(0))
-    moe = among(2, seconds=2)
+    moe = layer(groups[2], n_experts=12)
     if rank == 0:
         with an_error():
             moe(tokens(0))
@@ -534,10 +514,35 @@ def four_ranks_of_which_three_fail(group: dist.ProcessGroup, folder: Path) -> li
     return seen
 
 
+CHECKS = [name for name in globals() if name.startswith("check_")]
+IN_2 = [*CHECKS, "compiles_and_reruns"]
+IN_4 = [*CHECKS, "three_of_four_ranks_fail"]
+
+
+@pytest.mark.parametrize("name", IN_2)
+def test_2_ranks(run_ranks: Callable[..., Any], name: str) -> None:
+    run_ranks(2, IN_2).values(name)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_4_ranks(run_ranks: Callable[..., Any], name: str) -> None:
+    run_ranks(4, IN_4).values(name)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(("size", "names"), [(2, IN_2), (4, IN_4)])
+def test_one_process_loads_what_ranks_saved(run_ranks: Callable[..., Any], size: int, names: list[str]) -> None:
+    moe, truth = layer(seed=6, bias=True), layer(seed=5, bias=True)
+    state = {"moe": moe.state_dict()}
+    dcp.load(state, checkpoint_id=run_ranks(size, names).folder / f"dcp{size}", no_dist=True)
+    moe.load_state_dict(state["moe"])
+    assert all(torch.equal(a, b) for a, b in zip(moe.parameters(), truth.parameters(), strict=True))
+
+
 def test_the_others_end_with_an_error(run_ranks: Callable[..., Any]) -> None:
-    ranks = run_ranks(4, ["four_ranks_of_which_three_fail"])
+    ranks = run_ranks(4, IN_4)
     assert ranks.statuses == [0, 0, -signal.SIGKILL, -signal.SIGKILL]
-    first, second = (ranks.outcomes[rank]["four_ranks_of_which_three_fail"] for rank in (0, 1))
+    first, second = (ranks.outcomes[rank]["three_of_four_ranks_fail"] for rank in (0, 1))
     for rank, outcome, sizes in ((0, first, (4, 3, 2)), (1, second, (4, 3))):
         assert outcome["error"] is None, outcome["error"]
         for size, (message, cause) in zip(sizes, outcome["value"], strict=True):
