@@ -38,7 +38,7 @@ def collective(what: str, group: dist.ProcessGroup) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"expert-parallel {what} failed on rank {group.rank()} of {group.size()}: another rank has died, or did "
+            f"{what} failed on rank {group.rank()} of {group.size()}: another rank has died, or did "
             "not come within the group's timeout (init_process_group(timeout=...)). Look for the first error among the "
             "ranks' own, and start all of them again from a checkpoint"
         ) from error
@@ -51,7 +51,7 @@ def check_same(group: dist.ProcessGroup, options: Mapping[str, object]) -> None:
         ValueError: naming the first option that differs and its value on every rank; on all ranks.
     """
     everyone: list[Any] = [None] * group.size()
-    with collective("comparison of the layers' arguments", group):
+    with collective("comparison of arguments", group):
         dist.all_gather_object(everyone, dict(options), group=group)
     for name in options:
         values = [theirs[name] for theirs in everyone]
@@ -66,7 +66,7 @@ class _Exchange(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.sent, ctx.received, ctx.group = sent, received, group
         out, rows = rows.new_empty(sum(received), rows.shape[1]), rows.contiguous()
-        with collective("all-to-all", group):
+        with collective("expert-parallel all-to-all", group):
             dist.all_to_all_single(out, rows, received, sent, group=group)
         return out
 
@@ -195,7 +195,7 @@ class ExpertRanks:
     def copy_from_first(self, tensor: Tensor) -> None:
         """Give every rank the first rank's tensor, in place."""
         if not tensor.is_meta:
-            with collective("broadcast", self.group):
+            with collective("broadcast of parameters", self.group):
                 dist.broadcast(tensor, group=self.group, group_src=0)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -260,7 +260,7 @@ class ExpertRanks:
         counts = grouping.counts.view(n_ranks, self.n_local)
         message = torch.cat([counts, counts.new_full((n_ranks, 1), 2 * kind + differentiated)], 1)
         answer = torch.empty_like(message)
-        with collective("all-to-all of counts", self.group):
+        with collective("expert-parallel all-to-all of counts", self.group):
             dist.all_to_all_single(answer, message, group=self.group)
             arriving = answer[:, :-1]
             sent, received, notes = torch.stack([counts.sum(1), arriving.sum(1), answer[:, -1]]).tolist()

@@ -43,7 +43,8 @@ def run_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         if key not in runs:
             folder = tmp_path_factory.mktemp("ranks")
             script = Path(__file__).with_name("fork_ranks.py")
-            command = [sys.executable, "-W", "error", script, request.path, ",".join(names), str(size), folder]
+            arguments = (script, request.path, ",".join(names), str(size), folder)
+            command = [sys.executable, "-W", "error", *map(str, arguments)]
             with (folder / "said.txt").open("w") as said:
                 process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
                 try:

@@ -31,8 +31,8 @@ def load(file: str) -> ModuleType:
 
 
 def work(module: ModuleType, names: list[str], rank: int, size: int, folder: Path) -> None:
-    store, patience = dist.FileStore(str(folder / "store"), size), timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
+    store, patience = (folder / "store").as_uri(), timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=patience)
     with (folder / f"{rank}.jsonl").open("w") as outcomes:
         for name in names:
             group = dist.new_group(timeout=patience)
