@@ -204,7 +204,7 @@ class MoE(nn.Module):
         factor = self.capacity_factor
         kept = ids if factor is None else drop_over_capacity(ids, self.n_experts, factor).ids
         if self._ranks is not None:
-            y: Tensor = self._ranks.expert_mlp(
+            y = self._ranks.expert_mlp(
                 x, self.up, self.down, weights, kept,
                 activation=self.activation, up_bias=self.up_bias, down_bias=self.down_bias,
             )  # fmt: skip

@@ -10,7 +10,7 @@ The gradient takes the last two backwards. Skipped choices are never sent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -174,6 +174,8 @@ class ExpertRanks:
         self.n_local = n_experts // group.size()
         self.first = group.rank() * self.n_local
         self.mesh = DeviceMesh.from_group(group, kind, mesh_dim_names=("experts",))
+        # Here, as the decorator would import the compiler together with this file.
+        self.expert_mlp: Callable[..., Tensor] = torch.compiler.disable(self._expert_mlp)
 
     def shard(self, local: Tensor) -> Tensor:
         """Return the DTensor (E, …) of which this rank has `local` (E/W, …); nothing is sent."""
@@ -198,8 +200,7 @@ class ExpertRanks:
             with collective("broadcast of parameters", self.group):
                 dist.broadcast(tensor, group=self.group, group_src=0)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def expert_mlp(
+    def _expert_mlp(
         self,
         x: Tensor,
         up: Tensor,
