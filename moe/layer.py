@@ -71,9 +71,9 @@ class MoE(nn.Module):
     once per forward, for the sizes; without `process_group` it never does. `up`, `down` and their biases are DTensors
     of the full shape, sharded over experts, which torch.distributed.checkpoint reshards; `load_state_dict` also takes
     one process's full tensors, and keeps its own experts. With equal seeds, all ranks together start as one process
-    does; router and shared experts are the first rank's in any case. If a rank dies the others raise RuntimeError: at
-    once on gloo; on NCCL, or where a rank hangs, after the `timeout` of `init_process_group`. DDP and FSDP around a
-    layer with `process_group` are not supported.
+    does; router and shared experts are the first rank's in any case. If a rank dies, on gloo the others raise
+    RuntimeError at once, and if it hangs, after the `timeout` of `init_process_group`; on NCCL, PyTorch's watchdog ends
+    them after that time. DDP and FSDP around a layer with `process_group` are not supported.
 
     Attributes:
         keep_routing: keep `last_routing` after each forward; True for balance `aux`, else False unless you set it.

@@ -144,7 +144,7 @@ class ExpertRanks:
     Args:
         group: the process group.
         n_experts: E.
-        device: of the parameters; on `meta`, the group's.
+        device: of the parameters; for `meta`, they must come to a GPU with NCCL, to the CPU with gloo.
 
     Raises:
         ValueError: naming the argument, its value and what it takes.
@@ -160,10 +160,11 @@ class ExpertRanks:
             raise ValueError(
                 f"n_experts must be divisible by the {group.size()} ranks of process_group, got {n_experts}"
             )
-        # As "cpu:gloo,cuda:nccl".
-        devices = [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
+        # As "cpu:gloo,cuda:nccl"; gloo also names cuda.
+        backends = dist.get_backend_config(group).split(",")
+        devices = [backend.split(":")[0] for backend in backends]
         if device.type == "meta":
-            kind = "cuda" if "cuda" in devices and torch.cuda.is_available() else devices[0]
+            kind = "cuda" if "cuda:nccl" in backends and torch.cuda.is_available() else devices[0]
         elif device.type in devices:
             kind = device.type
         else:

@@ -25,16 +25,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_state_dict,
     set_model_state_dict,
-    set_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from moesaic.moe import parallel
 from moesaic.moe.layer import EXPERTS, MoE
-from moesaic.moe.parallel_training import clip_gradients, parameter_groups, reduce_gradients
+from moesaic.moe.parallel_training import reduce_gradients
 
 TOKENS = (13, 0, 37, 5)
 """Of every rank: the second has none."""
@@ -133,6 +131,15 @@ def check_equals_one_process(group: dist.ProcessGroup, folder: Path) -> float:
     return worst
 
 
+def check_groups_of_one(group: dist.ProcessGroup, folder: Path) -> None:
+    alone = [dist.new_group([rank]) for rank in range(group.size())][group.rank()]
+    moe, one = layer(alone, bias=True), layer(bias=True)
+    for each in (moe, one):
+        each(tokens(2)).backward(upstream(2))
+    assert error(moe(tokens(2)), one(tokens(2))) <= 1e-6
+    assert error(local(moe.up.grad), one.up.grad) <= 1e-6  # type: ignore[arg-type]
+
+
 def check_one_expert_takes_all(group: dist.ProcessGroup, folder: Path) -> float:
     moe, one = layer(group, balance="bias", top_k=1), layer(balance="bias", top_k=1)
     for each in (moe, one):
@@ -144,19 +151,6 @@ def check_one_expert_takes_all(group: dist.ProcessGroup, folder: Path) -> float:
     errors = {"y": error(y, ys[group.rank()]), **compare(group, moe, one)}
     assert max(errors.values()) <= 1e-5, errors
     return max(errors.values())
-
-
-def check_a_mean_of_losses(group: dist.ProcessGroup, folder: Path) -> None:
-    moe, one = layer(group), layer()
-    gradients_of(one, group.size())
-    moe(tokens(group.rank())).backward(upstream(group.rank()))
-    reduce_gradients(moe)
-    for name, parameter in one.named_parameters():
-        mine, truth = moe.get_parameter(name).grad, parameter.grad
-        assert mine is not None
-        assert truth is not None
-        mine, truth = (local(mine), own(group, truth)) if name in EXPERTS else (mine, truth)
-        torch.testing.assert_close(mine, (truth / group.size()).float(), rtol=1e-5, atol=1e-6)
 
 
 def check_capacity_counts_a_rank_s_own_tokens(group: dist.ProcessGroup, folder: Path) -> None:
@@ -315,72 +309,6 @@ def check_distributed_checkpoints_change_ranks(group: dist.ProcessGroup, folder:
     assert torch.equal(moe.router, truth.router)
 
 
-class Model(nn.Module):
-    """A layer between two others, with more parameters than its own."""
-
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        super().__init__()
-        torch.manual_seed(2)
-        self.first = nn.Linear(6, 6)
-        self.moe = layer(group, bias=True, n_shared_experts=1)
-        torch.manual_seed(3)
-        self.last = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        out: Tensor = self.last(x + self.moe(x))
-        return out
-
-
-def check_trains_as_one_process(group: dist.ProcessGroup, folder: Path) -> float:
-    total, batch = sum(TOKENS[: group.size()]), torch.cat([tokens(rank) for rank in range(group.size())])
-    for foreach in (None, False, True):
-        model, one = Model(group), Model(None)
-        optimizers = [
-            torch.optim.AdamW(parameter_groups(model), lr=0.02, foreach=foreach),
-            torch.optim.AdamW(one.parameters(), lr=0.02),
-        ]
-        for step in range(3):
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            (model(tokens(group.rank())).square().sum() / total).backward()
-            reduce_gradients(model, mean=False)
-            (one(batch).square().sum() / total).backward()
-            norm, truth = clip_gradients(model, 0.1), nn.utils.clip_grad_norm_(one.parameters(), 0.1)
-            assert type(norm) is Tensor
-            assert truth > 0.1, step
-            torch.testing.assert_close(norm, truth, rtol=1e-5, atol=0)
-            for optimizer in optimizers:
-                optimizer.step()
-        full: dict[str, Any] = get_model_state_dict(model, options=FULL)
-        errors = {name: error(full[name], value) for name, value in one.state_dict().items()}
-        assert max(errors.values()) < 1e-4, errors
-    path = folder / f"trained{group.size()}"
-    state: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(model, optimizers[0]), strict=True))
-    save(state, checkpoint_id=path, process_group=group)
-    fresh = Model(group)
-    optimizer = torch.optim.AdamW(parameter_groups(fresh), lr=0.02)
-    state = dict(zip(("model", "optimizer"), get_state_dict(fresh, optimizer), strict=True))
-    load(state, checkpoint_id=path, process_group=group)
-    set_state_dict(fresh, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    mine, theirs = optimizer.state[fresh.moe.up], optimizers[0].state[model.moe.up]
-    assert torch.equal(local(mine["exp_avg"]), local(theirs["exp_avg"]))
-    assert local(mine["exp_avg"]).any()
-    assert torch.equal(local(fresh.moe.up), local(model.moe.up))
-    return max(errors.values())
-
-
-def check_a_gradient_that_one_rank_lacks(group: dist.ProcessGroup, folder: Path) -> None:
-    model = Model(group)
-    model(tokens(group.rank())).backward(upstream(group.rank()))
-    model.last.bias.grad = None
-    model.first.bias.grad = torch.ones(6) if group.rank() == 1 else None
-    reduce_gradients(model, mean=False)
-    assert model.last.bias.grad is None
-    assert model.first.bias.grad is not None
-    assert torch.equal(model.first.bias.grad, torch.ones(6))
-
-
 def check_loads_are_added_up(group: dist.ProcessGroup, folder: Path) -> None:
     moe, one = layer(group, balance="bias"), layer(balance="bias")
     for _ in range(3):
@@ -458,12 +386,6 @@ def check_wrong_arguments_are_named(group: dist.ProcessGroup, folder: Path) -> N
 def check_ddp_refuses_sharded_experts(group: dist.ProcessGroup, folder: Path) -> None:
     with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
         nn.parallel.DistributedDataParallel(layer(group), process_group=group)
-
-
-def test_training_helpers_ask_for_expert_parallelism() -> None:
-    for helper in (parameter_groups, reduce_gradients, lambda module: clip_gradients(module, 1.0)):
-        with pytest.raises(ValueError, match=r"module must have MoE layers with process_group, .* got 0 groups"):
-            helper(nn.Sequential(layer()))
 
 
 def die(*args: Any, **options: Any) -> None:
