@@ -10,6 +10,9 @@ from moesaic.moe.data import importance as importance
 from moesaic.moe.hf import register_with_transformers as register_with_transformers
 from moesaic.moe.layer import LayerRouting as LayerRouting
 from moesaic.moe.layer import MoE as MoE
+from moesaic.moe.parallel_training import clip_gradients as clip_gradients
+from moesaic.moe.parallel_training import parameter_groups as parameter_groups
+from moesaic.moe.parallel_training import reduce_gradients as reduce_gradients
 from moesaic.moe.toy import ToyModel as ToyModel
 from moesaic.moe.toy import ToyRouting as ToyRouting
 from moesaic.moe.trainer import TrainResult as TrainResult

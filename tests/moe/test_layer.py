@@ -251,8 +251,12 @@ def test_compiles_without_a_graph_break() -> None:
     moe = layer(balance="bias", bias=True, n_shared_experts=1, capacity_factor=1.0)
     x = tokens(12, 6)
     compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
-    for mine, theirs in zip(outputs_and_gradients(compiled, x, moe), outputs_and_gradients(moe, x, moe), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert moe.balance_load is not None
+    mine, load = outputs_and_gradients(compiled, x, moe), moe.balance_load.clone()
+    for a, b in zip(mine, outputs_and_gradients(moe, x, moe), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert load.sum() == 12 * 2
+    assert torch.equal(moe.balance_load, 2 * load)
 
 
 def test_autocast_keeps_the_router_in_float32() -> None:
