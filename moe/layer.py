@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesaic.kernels._autocast import linear
+from moesaic.kernels.activations import check_activation, is_gated
 from moesaic.kernels.balancing import drop_over_capacity, update_selection_bias
 from moesaic.kernels.dispatch import group_by_expert
-from moesaic.kernels.expert_mlp import ACTIVATIONS, GATED, activate, expert_mlp
+from moesaic.kernels.expert_mlp import activate, expert_mlp
 from moesaic.kernels.routing import Routing, load_balance_loss, route_topk
-from moesaic.moe.parallel import ExpertRanks, check_same, collective
+from moesaic.moe.parallel import ExpertRanks, check_same, collective, draw_experts
 
 # gate -> (scoring, renormalize)
 GATES = {"softmax": ("softmax", True), "switch": ("softmax", False), "sigmoid": ("sigmoid", False)}
@@ -84,7 +85,7 @@ class MoE(nn.Module):
         d_ff: width of one expert.
         n_experts: E.
         top_k: k, 1 to E.
-        activation: one of `moesaic.kernels.expert_mlp.ACTIVATIONS`.
+        activation: one of `moesaic.kernels.expert_mlp.ACTIVATIONS`, or what `clamped_swiglu` there returns.
         gate: `softmax`, `switch` or `sigmoid`.
         bias: whether the MLPs have biases; the router has none.
         n_shared_experts: shared experts, each of width d_ff.
@@ -124,10 +125,10 @@ class MoE(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 1 <= top_k <= n_experts:
             raise ValueError(f"top_k must be between 1 and n_experts = {n_experts}, got {top_k}")
+        check_activation(activation)
         if n_shared_experts < 0:
             raise ValueError(f"n_shared_experts must be at least 0, got {n_shared_experts}")
         for name, choice, allowed in (
-            ("activation", activation, ACTIVATIONS),
             ("gate", gate, GATES),
             ("balance", balance, BALANCES),
         ):
@@ -155,7 +156,7 @@ class MoE(nn.Module):
                 return nn.Parameter(router.new_empty(n_experts, *shape))
             return nn.Parameter(self._ranks.shard(router.new_empty(self._ranks.n_local, *shape)))
 
-        factor, shared = (2 if activation in GATED else 1), n_shared_experts * d_ff
+        factor, shared = (2 if is_gated(activation) else 1), n_shared_experts * d_ff
         self.router = nn.Parameter(router)
         self.up, self.down = experts(factor * d_ff, d_model), experts(d_model, d_ff)
         self.up_bias = experts(factor * d_ff) if bias else None
@@ -173,17 +174,17 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights uniformly in ±1/√fan_in, expert by expert, and set the biases to 0."""
+        """Draw the weights uniformly in ±1/√fan_in and set the biases to 0."""
         for name, tensor in self.named_parameters(recurse=False):
             bound = 1.0 / math.sqrt(tensor.shape[-1])
             if name.endswith("_bias"):
                 tensor.zero_()
             elif name in EXPERTS and self._ranks is not None:
                 self._ranks.draw(tensor, bound)
-            else:
-                # Not expert by expert where fully_shard has made DTensors of them.
-                for matrix in tensor if name in EXPERTS and type(tensor) is nn.Parameter else (tensor,):
-                    matrix.uniform_(-bound, bound)
+            elif name in EXPERTS and type(tensor) is nn.Parameter:
+                draw_experts(tensor, bound)
+            else:  # as a whole where fully_shard has made DTensors of experts
+                tensor.uniform_(-bound, bound)
             if name not in EXPERTS and self._ranks is not None:
                 self._ranks.copy_from_first(tensor)
         for buffer in (self.balance_bias, self.balance_load):

@@ -10,6 +10,7 @@ The gradient takes the last two backwards. Skipped choices are never sent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -24,7 +25,21 @@ from moesaic.kernels.dispatch import Grouping, combine, group_by_expert
 from moesaic.kernels.expert_mlp import expert_mlp
 from moesaic.kernels.grouped_matmul import autocast
 
+DRAWN = 2**22
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def drawn_at_once(weight: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield first and end of the experts (E, …) drawn by one call: a rank draws the others' too, and drops them."""
+    count = max(1, DRAWN // math.prod(weight.shape[1:]))
+    for first in range(0, weight.shape[0], count):
+        yield first, min(first + count, weight.shape[0])
+
+
+def draw_experts(weight: Tensor, bound: float) -> None:
+    """Fill a tensor (E, …) uniformly in ±bound, `DRAWN` numbers or one expert at a time."""
+    for first, last in drawn_at_once(weight):
+        weight[first:last].uniform_(-bound, bound)
 
 
 @contextmanager
@@ -189,11 +204,13 @@ class ExpertRanks:
         return self.shard(full[self.first : self.first + self.n_local].clone())
 
     def draw(self, weight: Tensor, bound: float) -> None:
-        """Fill a DTensor (E, …) with what `uniform_(-bound, bound)`, expert by expert, draws in one process."""
+        """Fill a DTensor (E, …) with what `draw_experts` draws in one process."""
         mine = _local(weight)
-        others = torch.empty_like(mine[0])
-        for expert in range(-self.first, self.n_experts - self.first):
-            (mine[expert] if 0 <= expert < self.n_local else others).uniform_(-bound, bound)
+        for first, last in drawn_at_once(weight):
+            block = mine.new_empty(last - first, *mine.shape[1:]).uniform_(-bound, bound)
+            start, end = max(first, self.first), min(last, self.first + self.n_local)
+            if start < end:
+                mine[start - self.first : end - self.first] = block[start - first : end - first]
 
     def copy_from_first(self, tensor: Tensor) -> None:
         """Give every rank the first rank's tensor, in place."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moesaic.kernels import reference
-from moesaic.kernels.expert_mlp import ACTIVATIONS
+from moesaic.kernels.expert_mlp import ACTIVATIONS, clamped_swiglu
 from moesaic.moe.layer import MoE
 
 GATES = {"softmax": ("softmax", True), "switch": ("softmax", False), "sigmoid": ("sigmoid", False)}
@@ -81,7 +81,7 @@ def test_equals_its_definition(gate: str, bias: bool, n_shared_experts: int, act
         assert error < 1e-5
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, clamped_swiglu(1.0, 1.5, 0.5)])
 @pytest.mark.parametrize(("n_experts", "top_k"), [(1, 1), (7, 1), (7, 7)])
 def test_every_activation_and_edge_count(activation: str, n_experts: int, top_k: int) -> None:
     moe = layer(activation=activation, n_experts=n_experts, top_k=top_k, dtype=torch.float64)
@@ -247,10 +247,11 @@ def test_copies_pickles_and_functional_calls() -> None:
     assert not torch.func.functional_call(moe, zeroed, (x,)).any()
 
 
-def test_compiles_without_a_graph_break() -> None:
-    moe = layer(balance="bias", bias=True, n_shared_experts=1, capacity_factor=1.0)
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_without_a_graph_break(dynamic: bool | None) -> None:
+    moe = layer(balance="bias", bias=True, n_shared_experts=1, capacity_factor=1.0, activation=clamped_swiglu(2.0))
     x = tokens(12, 6)
-    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     assert moe.balance_load is not None
     mine, load = outputs_and_gradients(compiled, x, moe), moe.balance_load.clone()
     for a, b in zip(mine, outputs_and_gradients(moe, x, moe), strict=True):
