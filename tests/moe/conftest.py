@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-PATIENCE_S = 240
+PATIENCE_S = 300
 
 
 class Ranks(NamedTuple):
