@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch.distributed as dist
 
-PATIENCE_S = 300
+PATIENCE_S = 600
 
 
 class Ranks(NamedTuple):
