@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch.distributed as dist
 
-PATIENCE_S = 240
+PATIENCE_S = 600
 
 
 class Ranks(NamedTuple):
@@ -31,6 +32,16 @@ class Ranks(NamedTuple):
             if outcome["error"] is not None:
                 pytest.fail(f"rank {rank} of {len(self.outcomes)}: {outcome['error']}", pytrace=False)
         return [outcomes[name]["value"] for outcomes in self.outcomes]
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
+    """A gloo group of the tests' own process."""
+    dist.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
+    group = dist.group.WORLD
+    assert group is not None
+    yield group
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

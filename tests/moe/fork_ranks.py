@@ -32,9 +32,10 @@ def load(file: str) -> ModuleType:
 
 def work(module: ModuleType, names: list[str], rank: int, size: int, folder: Path) -> None:
     store, patience = (folder / "store").as_uri(), timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=patience)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=2 * patience)
     with (folder / f"{rank}.jsonl").open("w") as outcomes:
         for name in names:
+            dist.barrier()  # with more patience than ranks that a failed one left waiting
             group = dist.new_group(timeout=patience)
             value, error = None, None
             try:

@@ -131,15 +131,6 @@ def check_equals_one_process(group: dist.ProcessGroup, folder: Path) -> float:
     return worst
 
 
-def check_groups_of_one(group: dist.ProcessGroup, folder: Path) -> None:
-    alone = [dist.new_group([rank]) for rank in range(group.size())][group.rank()]
-    moe, one = layer(alone, bias=True), layer(bias=True)
-    for each in (moe, one):
-        each(tokens(2)).backward(upstream(2))
-    assert error(moe(tokens(2)), one(tokens(2))) <= 1e-6
-    assert error(local(moe.up.grad), one.up.grad) <= 1e-6  # type: ignore[arg-type]
-
-
 def check_one_expert_takes_all(group: dist.ProcessGroup, folder: Path) -> float:
     moe, one = layer(group, balance="bias", top_k=1), layer(balance="bias", top_k=1)
     for each in (moe, one):
@@ -386,6 +377,31 @@ def check_wrong_arguments_are_named(group: dist.ProcessGroup, folder: Path) -> N
 def check_ddp_refuses_sharded_experts(group: dist.ProcessGroup, folder: Path) -> None:
     with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
         nn.parallel.DistributedDataParallel(layer(group), process_group=group)
+
+
+@pytest.mark.parametrize(
+    "options", [{"bias": True}, {"capacity_factor": 0.5, "balance": "bias"}], ids=["bias", "capacity"]
+)
+def test_a_group_of_this_process_alone(alone: dist.ProcessGroup, options: dict[str, Any]) -> None:
+    moe, one = layer(alone, **options).double(), layer(**options).double()
+    found: list[list[Any]] = []
+    for each in (moe, one, copy.deepcopy(moe)):
+        x = tokens(2).double().requires_grad_()
+        y = each(x)
+        (dx,) = torch.autograd.grad(y, x, upstream(2).double(), create_graph=True)
+        dx.square().sum().backward()
+        found.append([y, dx, x.grad, each.router.grad, *(p.grad for p in each.parameters() if p is not each.router)])
+        if "balance" in options:
+            each.update_balance()
+            assert each.balance_bias is not None
+            found[-1].append(each.balance_bias)
+    for got in found:
+        for mine, truth in zip(got, found[1], strict=True):
+            mine = local(mine) if hasattr(mine, "to_local") else mine
+            torch.testing.assert_close(mine, truth, rtol=1e-10, atol=1e-12)
+    with pytest.raises(TypeError, match="MoE with process_group cannot be pickled"):
+        pickle.dumps(moe)
+    assert repr(moe).endswith("process_group=1 ranks)")
 
 
 def die(*args: Any, **options: Any) -> None:

@@ -140,6 +140,23 @@ def test_2_ranks(run_ranks: Callable[..., Any], name: str) -> None:
     run_ranks(2, CHECKS).values(name)
 
 
+def test_a_group_of_this_process_alone(alone: dist.ProcessGroup) -> None:
+    model, one = Model(alone), Model(None)
+    for each in (model, one):
+        each(tokens(0)).square().mean().backward()
+    model.last.bias.grad = None
+    reduce_gradients(model)
+    assert one.last.bias.grad is not None
+    one.last.bias.grad = None
+    truth = nn.utils.clip_grad_norm_(one.parameters(), 0.1)
+    torch.testing.assert_close(clip_gradients(model, 0.1), truth)
+    torch.testing.assert_close(local(model.moe.up.grad), one.moe.up.grad)
+    assert [len(group["params"]) for group in parameter_groups(model)] == [9, 4]
+    model.extra = nn.Parameter(model.moe.up.detach())
+    with pytest.raises(ValueError, match=r"beside experts; got a DTensor of shape \(8, 10, 6\)"):
+        reduce_gradients(model)
+
+
 def test_helpers_ask_for_expert_parallelism() -> None:
     for helper in (parameter_groups, reduce_gradients, lambda module: clip_gradients(module, 1.0)):
         with pytest.raises(ValueError, match=r"module must have MoE layers with process_group, .* got 0 groups"):
