@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor
 
-from moesaic.bench.plot_style import DENSE, INK, MOE, MUTED, PALE_MOE, PAPER, THIRD, panels, save, style
+from moesaic.bench.plot_style import DENSE, INK, MOE, MUTED, PALE_MOE, PAPER, panels, save, style
 from moesaic.metrics import effective_experts, load_imbalance
 
 SMALLEST = 1e-8
@@ -26,8 +26,12 @@ def draw_curves(result: dict[str, Any], folder: Path) -> None:
         figure, ((above,), (below,)) = panels(2, 1, width=6.6, height=2.7, sharex=True)
         held = {name: value / math.log(2) for name, value in result["held_out_nats"].items()}
         if "dense" in losses:
-            above.plot(steps, losses["dense"], color=MUTED, lw=0.8, label=f"dense, equal active width: {held['dense']:.2f}")
-        above.plot(steps, losses[eager], color=PALE_MOE, lw=4, label=f"{eager}: {held[eager]:.2f} bits per held-out byte")
+            above.plot(
+                steps, losses["dense"], color=MUTED, lw=0.8, label=f"dense, equal active width: {held['dense']:.2f}"
+            )
+        above.plot(
+            steps, losses[eager], color=PALE_MOE, lw=4, label=f"{eager}: {held[eager]:.2f} bits per held-out byte"
+        )
         above.plot(steps, losses[ours], color=MOE, lw=1.1, label=f"{ours}: {held[ours]:.2f}")
         above.set_ylabel("loss, nats per byte")
         above.set_title("Training loss: equal weights, equal batches")
@@ -62,7 +66,14 @@ def draw_usage(before: Tensor, after: Tensor, folder: Path) -> None:
             for layer in range(n_layers):
                 words = f"{float(effective[layer]):5.1f}      {float(most[layer]):4.1f}"
                 axes.text(1.015, layer, words, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
-            axes.text(1.015, 1.02, "effective   busiest\nexperts      / mean", transform=axes.transAxes, fontsize=7.5, color=MUTED)
+            axes.text(
+                1.015,
+                1.02,
+                "effective   busiest\nexperts      / mean",
+                transform=axes.transAxes,
+                fontsize=7.5,
+                color=MUTED,
+            )
         rows[1][0].set_xlabel(f"the {n_experts} experts of each layer, most used after training first")
         bar = figure.colorbar(image, ax=[axes for (axes,) in rows], location="bottom", aspect=50, shrink=0.6)
         bar.set_ticks([-3, -2, -1, 0, 1, 2, 3], labels=["⅛", "¼", "½", f"uniform: 1/{n_experts}", "2×", "4×", "8×"])
