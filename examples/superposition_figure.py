@@ -28,9 +28,9 @@ def draw(result: dict[str, Any], folder: Path) -> None:
         _information(grid[0][0], result)
         _experts(grid[0][1], result)
         _response(grid[0][2], result)
-        m = result["expert_width"]
-        _dimensionality(grid[1][0], result, "byte", f"Room for each of {counts['byte']} bytes, experts {m} wide")
-        _dimensionality(grid[1][1], result, "pair", f"Room for each of {counts['pair']} byte pairs")
+        for axes, kind, words in ((grid[1][0], "byte", "bytes"), (grid[1][1], "pair", "byte pairs")):
+            most = min(1, result["expert_width"] / counts[kind])
+            _dimensionality(axes, result, kind, f"Room for {counts[kind]} {words} (mean ≤ {most:.2g})")
         _routed(grid[1][2], result)
         handles, names = grid[1][0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
@@ -60,14 +60,15 @@ def _information(axes: Axes, result: dict[str, Any]) -> None:
             axes.plot(x, bits, dashes, marker=marker, color=colour, ms=5)
             if name == "trained":
                 axes.annotate(
-                    {"byte": "which byte", "class": "which class"}[source], (x[0], bits[0]), (0, 7),
+                    {"byte": "which byte", "class": "which class"}[source], (x[-1], bits[-1]), (0, 7), ha="right",
                     textcoords="offset points", fontsize=8, color=colour,
                 )  # fmt: skip
     floor = max(layer["bits_shuffled"]["byte"] for layer in result["models"]["trained"])
     axes.axhline(floor, color=INK, lw=0.8, ls="--")
-    axes.annotate("experts shuffled", (x[-1] + 0.5, floor), (0, 3), textcoords="offset points", ha="right", fontsize=8)
-    axes.set_ylim(bottom=0)
-    axes.margins(y=0.15)
+    axes.annotate("shuffled", (0.53, floor), (0, 3), textcoords="offset points", fontsize=8)
+    axes.set_ylim(
+        0, 1.2 * max(layer["bits"]["byte"] for name in ("trained", "initial") for layer in result["models"][name])
+    )
     axes.set(ylabel="mutual information, bits", title="What the choice of expert says")
 
 
@@ -109,7 +110,7 @@ def _response(axes: Axes, result: dict[str, Any]) -> None:
     labels = ["0-¼", "¼-½", "½-1", "1-2", "2-4", "4-8", "8+"]
     axes.set_xticks(range(len(labels)), labels)
     axes.set_title("Do experts answer more to what they get?")
-    axes.set(xlabel="share of a byte's tokens that the expert gets, over k / E", ylabel="‖W‖ over its mean of experts")
+    axes.set(xlabel="share of the byte that it gets, over k / E", ylabel="‖W‖ of a byte, over its mean of experts")
 
 
 def _dimensionality(axes: Axes, result: dict[str, Any], kind: str, title: str) -> None:
@@ -125,7 +126,7 @@ def _dimensionality(axes: Axes, result: dict[str, Any], kind: str, title: str) -
         axes.errorbar(
             x + 0.12 * (place - 1.5), middle, bars, fmt=marker, color=colour, ms=5, elinewidth=1.2, label=words
         )
-    axes.set_ylim(0, 1)
+    axes.set_ylim(bottom=0)
     axes.set_title(title)
     axes.set_ylabel("dimensionality of a feature\n(median, quartiles over features)")
 
@@ -134,9 +135,12 @@ def _routed(axes: Axes, result: dict[str, Any]) -> None:
     x = _layers(axes, result)
     for shift, (name, pale) in zip((-0.2, 0.2), (("trained", PALE_MOE), ("initial", GRID)), strict=True):
         layers, colour = result["models"][name], LOOKS[name][0]
-        everything = [np.median(layer["pair"]["dimensionality"]) for layer in layers]
-        routed = [np.median(layer["pair"]["dimensionality_as_routed"]) for layer in layers]
+        everything = [np.median(layer["byte"]["dimensionality"]) for layer in layers]
+        routed = [np.median(layer["byte"]["dimensionality_as_routed"]) for layer in layers]
         axes.bar(x + shift, routed, 0.36, color=colour)
         axes.bar(x + shift, everything, 0.36, color=pale)
-    axes.set_title("Room for a pair among those an expert gets")
-    axes.set_ylabel("median dimensionality of a pair\n(pale: if all pairs came to every expert)")
+    if "dense" in result["models"]:
+        dense = [np.median(layer["byte"]["dimensionality"]) for layer in result["models"]["dense"]]
+        axes.plot(x, dense, "D", color=LOOKS["dense"][0], ms=5)
+    axes.set_title("Room for a byte among those its experts get")
+    axes.set_ylabel("median dimensionality of a byte\n(pale: if all bytes came to every expert)")

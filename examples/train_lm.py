@@ -6,9 +6,13 @@ The model is transformers' Qwen3-MoE, scaled down, on bytes. Its text is the doc
 ships with Python; paragraphs that stand in several topics are kept once, so that nothing held out was trained on.
 
 Both models start from equal weights and see equal batches, one step in turn, so that a slow minute of the machine meets
-both. The curves must agree: within 1e-5 (relative) over the first steps, before training amplifies rounding, and within
-`ALLOWANCE` over the whole curve. Otherwise the exit code is 1. `--control` measures what the allowance has to bear: it
-trains a third model, on eager experts, whose embedding starts one unit in the last place higher.
+both. Three checks decide the exit code, 1 where one fails:
+
+- on equal weights, eager's at eleven moments of its training, both compute the same loss and gradient;
+- the first steps of the two curves are equal, within 1e-5 (relative);
+- the whole curves stay together. Training amplifies rounding: a gradient's last bit changes a weight, that a choice of
+  expert, that the next gradient. How far that goes, `--control` measures: it trains a third model, on eager experts,
+  whose embedding starts one unit in the last place higher. The allowance is a little over twice what this one needed.
 """
 
 from __future__ import annotations
@@ -41,9 +45,17 @@ sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH, which this rep
 from train_lm_figures import draw_curves, draw_usage
 from train_lm_setup import Options, build, parse, read_text
 
-EARLY_STEPS, EARLY_ALLOWANCE = 10, 1e-5
-ALLOWANCE = 0.05
-"""Nats per byte: the most by which the curves may differ at any step."""
+EARLY_STEPS = 10
+ALLOWED = {
+    "early_relative": 1e-5,
+    "largest": 0.15,
+    "mean": 0.04,
+    "same_weights_loss": 1e-5,
+    "same_weights_gradient": 1e-2,
+}
+"""What the two may differ by: relative loss in the first steps; nats at any step, and on average over the steps; on
+equal weights, relative loss and the norm of the gradients' difference over eager's, where rounding may send a token to
+another expert."""
 WARM_UP = 5
 """Steps left out of timings: compilation and the first touch of memory."""
 HELD_OUT = 0.1
@@ -146,31 +158,58 @@ def train(options: Options, text: bytes, say: Callable[[str], None]) -> tuple[li
     before, usage_before = evaluate(sides[1].model, windows, routed=True)
     say(f"held out before training: {before:.3f} nats per byte")
     generator = torch.Generator().manual_seed(options.seed)
+    same: list[dict[str, float]] = []
     for step in range(options.steps):
         starts = torch.randint(len(training) - options.length, (options.batch, 1), generator=generator)
         ids = training[starts + torch.arange(options.length)].to(options.device)
         for side in sides if step % 2 else reversed(sides):
             side.step(ids, learning_rate(step, options))
         if step % max(1, options.steps // 10) == 0 or step == options.steps - 1:
+            same.append(on_equal_weights(sides[0], options.impl, ids) | {"step": step + 1})
             losses = ", ".join(f"{side.name} {side.losses[-1]:.4f}" for side in sides)
             say(f"step {step + 1:4d} of {options.steps}: {losses}")
     usage = usage_before
     for side in sides:
         side.held_out, found = evaluate(side.model, windows, routed=side.name != DENSE)
         usage = found if side is sides[1] else usage
-    return sides, {"before": before, "usage_before": usage_before, "usage": usage, "train_bytes": len(training)}
+    return sides, {
+        "before": before,
+        "usage_before": usage_before,
+        "usage": usage,
+        "train_bytes": len(training),
+        "same": same,
+    }
 
 
-def compare(sides: Sequence[Side]) -> tuple[dict[str, float], bool]:
-    """How far the second side's curve is from eager's, and whether that is within the allowances."""
+def on_equal_weights(eager: Side, impl: str, ids: Tensor) -> dict[str, float]:
+    """How far ``impl`` is from eager on eager's weights: relative loss, and norm of the gradients' difference."""
+    found = []
+    for name in (EAGER, impl):
+        eager.model.set_experts_implementation(name)
+        loss = next_byte_loss(eager.model(input_ids=ids, use_cache=False).logits, ids)
+        gradients = torch.autograd.grad(loss, [*eager.model.parameters()], allow_unused=True)
+        found.append((float(loss.detach()), torch.cat([g.flatten() for g in gradients if g is not None])))
+    eager.model.set_experts_implementation(EAGER)
+    (loss_a, gradient_a), (loss_b, gradient_b) = found
+    return {
+        "loss": abs(loss_b - loss_a) / loss_a,
+        "gradient": float((gradient_b - gradient_a).norm() / gradient_a.norm()),
+    }
+
+
+def compare(sides: Sequence[Side], same: Sequence[dict[str, float]]) -> tuple[dict[str, float], list[str]]:
+    """How far the second side is from eager, by the names of `ALLOWED`, and which of these are more than allowed."""
     pairs = list(zip(sides[0].losses, sides[1].losses, strict=True))
     found = {
         "early_relative": max(abs(b - a) / abs(a) for a, b in pairs[:EARLY_STEPS]),
         "largest": max(abs(b - a) for a, b in pairs),
         "mean": statistics.fmean(abs(b - a) for a, b in pairs),
+        "same_weights_loss": max(one["loss"] for one in same),
+        "same_weights_gradient": max(one["gradient"] for one in same),
     }
     finite = all(math.isfinite(value) for pair in pairs for value in pair)
-    return found, finite and found["early_relative"] <= EARLY_ALLOWANCE and found["largest"] <= ALLOWANCE
+    wrong = [name for name, value in found.items() if not value <= ALLOWED[name]]
+    return found, wrong if finite else [*wrong, "finite"]
 
 
 def timing(sides: Sequence[Side]) -> dict[str, Any]:
@@ -214,14 +253,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sides, found = train(options, text, say)
         times = timing(sides)
         written = sample(sides[1].model, options)
-    difference, agree = compare(sides)
+    difference, wrong = compare(sides, found["same"])
     parameters = {side.name: sum(p.numel() for p in side.model.parameters()) for side in sides}
     result = {
         "options": asdict(options) | {"out": str(options.out)},
         "parameters": parameters,
         "text": {"bytes": len(text), "train_bytes": found["train_bytes"], "sha256": hashlib.sha256(text).hexdigest()},
         "held_out_nats": {"before": found["before"]} | {side.name: side.held_out for side in sides},
-        "difference": difference | {"early_allowance": EARLY_ALLOWANCE, "allowance": ALLOWANCE, "agree": agree},
+        "difference": difference | {"allowed": ALLOWED, "beyond": wrong, "same_weights": found["same"]},
         "timing": times,
         "usage": {"before": found["usage_before"].tolist(), "after": found["usage"].tolist()},
         "sample": written,
@@ -238,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     draw_curves(result, options.out)
     draw_usage(found["usage_before"], found["usage"], options.out)
     print(report(result, sides, found))
-    return 0 if agree else 1
+    return 1 if wrong else 0
 
 
 def report(result: dict[str, Any], sides: Sequence[Side], found: dict[str, Any]) -> str:
@@ -253,17 +292,26 @@ def report(result: dict[str, Any], sides: Sequence[Side], found: dict[str, Any])
             f"{side.held_out:16.3f}{side.held_out / math.log(2):15.3f}"
         )
     ratio, off = times["eager_over_ours"], result["difference"]
+
+    def words(name: str) -> str:
+        return f"{off[name]:.1e} ({ALLOWED[name]:g})"
+
     lines += [
         f"eager takes {ratio['median']:.2f} times as long as {ours} per step, "
         f"{ratio['low']:.2f} to {ratio['high']:.2f} in the middle 80 % of steps; "
         f"load average {times['load_average']:.1f}",
-        f"|{ours} - eager| of the loss: at most {off['early_relative']:.1e} relative over the first "
-        f"{EARLY_STEPS} steps (allowed {EARLY_ALLOWANCE:.0e}), at most {off['largest']:.1e} nats over "
-        f"{options.steps} steps (allowed {ALLOWANCE:g}): {'equal' if off['agree'] else 'NOT EQUAL'}",
+        f"{ours} against eager, largest found (allowed):",
+        f"  on equal weights, {len(found['same'])} times:  loss {words('same_weights_loss')}, gradient "
+        f"{words('same_weights_gradient')}, relative",
+        f"  first {EARLY_STEPS} steps of the curve:   {words('early_relative')} relative",
+        f"  all {options.steps} steps of the curve:    {words('largest')} nats, on average {words('mean')}",
     ]
     if options.control:
         control = max(abs(a - b) for a, b in zip(sides[0].losses, sides[2].losses, strict=True))
-        lines.append(f"|{CONTROL} - eager|: at most {control:.1e} nats")
+        lines.append(f"  {CONTROL} against eager: {control:.1e} nats")
+    lines.append(
+        f"BEYOND WHAT IS ALLOWED: {', '.join(off['beyond'])}" if off["beyond"] else "all within what is allowed"
+    )
     for name, usage in (("before", found["usage_before"]), ("after", found["usage"])):
         effective = ", ".join(f"{v:.1f}" for v in effective_experts(usage).tolist())
         most = ", ".join(f"{v:.1f}" for v in load_imbalance(usage).tolist())

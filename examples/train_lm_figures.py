@@ -25,13 +25,13 @@ def draw_curves(result: dict[str, Any], folder: Path) -> None:
     with style():
         figure, ((above,), (below,)) = panels(2, 1, width=6.6, height=2.7, sharex=True)
         held = {name: value / math.log(2) for name, value in result["held_out_nats"].items()}
+        above.plot(
+            steps, losses[eager], color=PALE_MOE, lw=4, label=f"{eager}: {held[eager]:.2f} bits per held-out byte"
+        )
         if "dense" in losses:
             above.plot(
                 steps, losses["dense"], color=MUTED, lw=0.8, label=f"dense, equal active width: {held['dense']:.2f}"
             )
-        above.plot(
-            steps, losses[eager], color=PALE_MOE, lw=4, label=f"{eager}: {held[eager]:.2f} bits per held-out byte"
-        )
         above.plot(steps, losses[ours], color=MOE, lw=1.1, label=f"{ours}: {held[ours]:.2f}")
         above.set_ylabel("loss, nats per byte")
         above.set_title("Training loss: equal weights, equal batches")
@@ -40,9 +40,11 @@ def draw_curves(result: dict[str, Any], folder: Path) -> None:
             gap = np.abs(np.subtract(losses[name], losses[eager]))
             words = ours if name == ours else "eager again, embedding off by one unit in the last place"
             below.plot(steps, np.maximum(gap, SMALLEST), color=color, lw=1.0, label=words)
-        below.axhline(off["allowance"], color=INK, lw=1, ls="--")
-        below.text(steps[-1], off["allowance"] * 1.25, "allowed", ha="right", va="bottom", fontsize=8)
-        below.set(yscale="log", xlabel="step", ylabel="|difference to eager|, nats", ylim=(SMALLEST / 2, 2))
+        below.axhline(off["allowed"]["largest"], color=INK, lw=1, ls="--")
+        below.text(steps[-1], off["allowed"]["largest"] * 1.25, "allowed", ha="right", va="bottom", fontsize=8)
+        below.set(
+            yscale="log", xlabel="step", ylabel="|difference to eager|, nats; 0 at the foot", ylim=(SMALLEST / 2, 2)
+        )
         below.set_title("What is left between the curves: rounding, amplified by training")
         below.legend(frameon=False, fontsize=8, loc="lower right")
         save(figure, folder, "curve")
@@ -75,7 +77,10 @@ def draw_usage(before: Tensor, after: Tensor, folder: Path) -> None:
                 color=MUTED,
             )
         rows[1][0].set_xlabel(f"the {n_experts} experts of each layer, most used after training first")
-        bar = figure.colorbar(image, ax=[axes for (axes,) in rows], location="bottom", aspect=50, shrink=0.6)
-        bar.set_ticks([-3, -2, -1, 0, 1, 2, 3], labels=["⅛", "¼", "½", f"uniform: 1/{n_experts}", "2×", "4×", "8×"])
+        bar = figure.colorbar(image, ax=[axes for (axes,) in rows], location="bottom", aspect=50, shrink=0.7, pad=0.03)
+        bar.set_ticks(
+            [-3, -2, -1, 0, 1, 2, 3],
+            labels=["⅛ or less", "¼", "½", f"uniform: 1/{n_experts}", "2×", "4×", "8× or more"],
+        )
         bar.set_label("share of the choices on held-out text, over the uniform share")
         save(figure, folder, "usage")

@@ -54,7 +54,7 @@ def parse(argv: Sequence[str] | None, words: str | None = None) -> Options:
         "d-ff": (96, "width of an expert"),
         "batch": (8, "sequences per step"),
         "length": (128, "bytes per sequence"),
-        "steps": (250, "training steps"),
+        "steps": (200, "training steps"),
         "threads": (torch.get_num_threads(), "threads of the CPU; fewer than cores are faster on a busy machine"),
     }
     for name, (default, what) in counts.items():

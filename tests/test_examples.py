@@ -52,8 +52,9 @@ def test_train_lm_leaves_curves_that_agree_figures_and_models(folder: Path) -> N
     found = json.loads((folder / "curve.json").read_text())
     assert {*found["losses"]} == {"eager", "moesaic", "eager + 1 ulp", "dense"}
     assert all(len(losses) == 8 and losses[-1] < losses[0] - 0.2 for losses in found["losses"].values())
-    assert found["difference"]["agree"]
+    assert not found["difference"]["beyond"]
     assert found["difference"]["early_relative"] <= 1e-5
+    assert len(found["difference"]["same_weights"]) == 8
     held_out = found["held_out_nats"]
     assert math.isclose(held_out["eager"], held_out["moesaic"], rel_tol=1e-4)
     assert held_out["moesaic"] < held_out["before"]
@@ -85,17 +86,21 @@ def test_the_comparison_of_curves_can_fail(
 
     monkeypatch.setattr(hf, "expert_mlp", broken)
     assert examples("train_lm").main([*TINY, "--steps=3", "--no-dense", f"--out={tmp_path}"]) == 1
-    assert not json.loads((tmp_path / "curve.json").read_text())["difference"]["agree"]
+    beyond = json.loads((tmp_path / "curve.json").read_text())["difference"]["beyond"]
+    assert {"early_relative", "same_weights_loss", "same_weights_gradient"} <= {*beyond}
 
 
 def test_a_late_difference_fails_too(examples: Any) -> None:
     module = examples("train_lm")
     sides = [type("Side", (), {"losses": [2.0] * 20})() for _ in range(2)]
-    assert module.compare(sides)[1]
-    sides[1].losses = [2.0] * 19 + [2.0 + 2 * module.ALLOWANCE]
-    assert not module.compare(sides)[1]
+    same = [{"loss": 0.0, "gradient": 0.0}]
+    assert not module.compare(sides, same)[1]
+    sides[1].losses = [2.0] * 19 + [2.2]
+    assert module.compare(sides, same)[1] == ["largest"]
+    sides[1].losses = [2.0] * 10 + [2.1] * 10
+    assert module.compare(sides, same)[1] == ["mean"]
     sides[1].losses = [2.0] * 19 + [math.nan]
-    assert not module.compare(sides)[1]
+    assert "finite" in module.compare(sides, same)[1]
 
 
 @pytest.mark.parametrize(
