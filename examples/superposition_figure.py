@@ -139,8 +139,12 @@ def _routed(axes: Axes, result: dict[str, Any]) -> None:
         routed = [np.median(layer["byte"]["dimensionality_as_routed"]) for layer in layers]
         axes.bar(x + shift, routed, 0.36, color=colour)
         axes.bar(x + shift, everything, 0.36, color=pale)
+        exchanged = [np.median(layer["byte"]["dimensionality_exchanged"]) for layer in layers]
+        label = "bytes exchanged at random" if name == "trained" else None
+        axes.plot(x + shift, exchanged, "_", color=INK, ms=13, mew=1.5, label=label)
     if "dense" in result["models"]:
         dense = [np.median(layer["byte"]["dimensionality"]) for layer in result["models"]["dense"]]
         axes.plot(x, dense, "D", color=LOOKS["dense"][0], ms=5)
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
     axes.set_title("Room for a byte among those its experts get")
     axes.set_ylabel("median dimensionality of a byte\n(pale: if all bytes came to every expert)")

@@ -14,7 +14,8 @@ features to an input, does not apply. In its place: the share α_i^e of the toke
 (`expert_presence`), and the mutual information of byte and expert, beside its value for shuffled experts.
 
 Means over features weigh the experts by α: what a feature meets where it goes. "As routed" also scales W_i^e by √α_i^e,
-so that a feature which never comes to an expert does not count as interfering there.
+so that a feature which never comes to an expert does not count as interfering there; "exchanged" does so with
+the shares of randomly exchanged features, as a router would that sends as many features to an expert, but not these.
 
 Controls: `initial`, the same model before training; `random`, trained features through experts of random weights;
 `dense`, a model of equal active width (k · m) trained on the same batches.
@@ -54,6 +55,7 @@ from superposition_figure import draw
 
 CLASSES = ("a-z", "A-Z", "0-9", "space", "newline", "other")
 PER_DIMENSION = ("features_per_dimension", "features_per_dimension_as_routed")
+ROOM = ("dimensionality", "dimensionality_as_routed", "dimensionality_exchanged")
 Labels = dict[str, Tensor]
 Found = dict[str, Any]
 
@@ -146,17 +148,22 @@ def geometry(direction: Tensor, gates: Tensor, presence: Tensor, usage: Tensor) 
     """Metrics of W^e = direction · G_eᵀ for all experts: lists over features, weighted by presence, and means."""
     weight = direction @ gates.mT
     weight = weight / feature_norms(weight).amax(-1)[:, None, None]
-    routed = weight * presence.sqrt()[..., None]
-    # An expert that no listed feature comes to has no strongest one.
-    routed = routed / feature_norms(routed).amax(-1).clamp_min(1e-300)[:, None, None]
-    everything, seen = feature_geometry(weight), feature_geometry(routed)
 
-    def mean(values: Tensor) -> Tensor:
-        return (presence * values.nan_to_num()).sum(0) / presence.sum(0)
+    def mean(values: Tensor, share: Tensor = presence) -> Tensor:
+        return (share * values.nan_to_num()).sum(0) / share.sum(0)
 
+    def as_routed(share: Tensor) -> Tensor:
+        routed = weight * share.sqrt()[..., None]
+        # An expert that no listed feature comes to has no strongest one.
+        return routed / feature_norms(routed).amax(-1).clamp_min(1e-300)[:, None, None]
+
+    everything, routed = feature_geometry(weight), as_routed(presence)
+    order = torch.randperm(presence.shape[1], generator=torch.Generator().manual_seed(0))
+    exchanged = presence[:, order]
     return {
         "dimensionality": mean(everything.dimensionality).tolist(),
-        "dimensionality_as_routed": mean(seen.dimensionality).tolist(),
+        "dimensionality_as_routed": mean(feature_geometry(routed).dimensionality).tolist(),
+        "dimensionality_exchanged": mean(feature_geometry(as_routed(exchanged)).dimensionality, exchanged).tolist(),
         "superposition": float(mean(everything.superposition).mean()),
         "polysemanticity": float(mean(everything.polysemanticity).mean()),
         "monosemantic_share": float(mean(everything.monosemantic().double()).mean()),
@@ -217,29 +224,19 @@ def expert_presence_of(byte_class: Tensor, ids: Tensor, n_experts: int) -> Tenso
 def table(models: dict[str, list[Found]]) -> str:
     """A line per layer and model."""
     heads = (
-        (
-            "layer model",
-            "effective",
-            "bits on",
-            "bits on",
-            "byte",
-            "routed",
-            "super-",
-            "poly-",
-            "feat. /",
-            "routed",
-            "pair",
-        ),
-        ("", "experts", "byte", "class", "D", "D", "position", "seman.", "dim", "f. / d", "D"),
+        "layer model|effective|bits on|bits on|byte|routed|exch.|super-|poly-|feat. /|routed|pair",
+        "|experts|byte|class|D|D|D|position|seman.|dim|f. / d|D",
     )
-    lines = [f"{first:17}" + "".join(f"{word:>10}" for word in rest) for first, *rest in heads]
+    lines = [
+        f"{first:17}" + "".join(f"{word:>10}" for word in rest) for first, *rest in (head.split("|") for head in heads)
+    ]
     for number in range(len(models["trained"])):
         for name, layers in models.items():
             layer = layers[number]
             routing = [layer["effective_experts"], layer["bits"]["byte"], layer["bits"]["class"]]
             for suffix in ("", " random") if name == "trained" else ("",):
                 byte, pair = layer[f"byte{suffix}"], layer[f"pair{suffix}"]
-                cells = [average(byte[key]) for key in ("dimensionality", "dimensionality_as_routed")]
+                cells = [average(byte[key]) for key in ROOM]
                 cells += [byte[key] for key in ("superposition", "polysemanticity", *PER_DIMENSION)]
                 cells += [average(pair["dimensionality"])]
                 words = "".join(" " * 10 if suffix else f"{value:10.2f}" for value in routing)

@@ -9,7 +9,8 @@ Both models start from equal weights and see equal batches, one step in turn, so
 both. Three checks decide the exit code, 1 where one fails:
 
 - on equal weights, eager's at eleven moments of its training, both compute the same loss and gradient;
-- the first steps of the two curves are equal, within 1e-5 (relative);
+- the first ten steps of the two curves are equal, within 1e-5 (relative). In both, the median counts: a tie between two
+  experts that rounding decides otherwise for one token is no error, and would be the largest difference;
 - the whole curves stay together. Training amplifies rounding: a gradient's last bit changes a weight, that a choice of
   expert, that the next gradient. How far that goes, `--control` measures: it trains a third model, on eager experts,
   whose embedding starts one unit in the last place higher. The allowance is a little over twice what this one needed.
@@ -51,11 +52,11 @@ ALLOWED = {
     "largest": 0.15,
     "mean": 0.04,
     "same_weights_loss": 1e-5,
-    "same_weights_gradient": 1e-2,
+    "same_weights_gradient": 1e-4,
 }
-"""What the two may differ by: relative loss in the first steps; nats at any step, and on average over the steps; on
-equal weights, relative loss and the norm of the gradients' difference over eager's, where rounding may send a token to
-another expert."""
+"""What the two may differ by: relative loss in the first steps (median); nats at any step, and on average over the
+steps; on equal weights, relative loss and the norm of the gradients' difference over eager's (medians). Two runs of the
+control, of 200 and 250 steps, needed 0.063 nats at a step and 0.015 on average."""
 WARM_UP = 5
 """Steps left out of timings: compilation and the first touch of memory."""
 HELD_OUT = 0.1
@@ -201,11 +202,11 @@ def compare(sides: Sequence[Side], same: Sequence[dict[str, float]]) -> tuple[di
     """How far the second side is from eager, by the names of `ALLOWED`, and which of these are more than allowed."""
     pairs = list(zip(sides[0].losses, sides[1].losses, strict=True))
     found = {
-        "early_relative": max(abs(b - a) / abs(a) for a, b in pairs[:EARLY_STEPS]),
+        "early_relative": statistics.median(abs(b - a) / abs(a) for a, b in pairs[:EARLY_STEPS]),
         "largest": max(abs(b - a) for a, b in pairs),
         "mean": statistics.fmean(abs(b - a) for a, b in pairs),
-        "same_weights_loss": max(one["loss"] for one in same),
-        "same_weights_gradient": max(one["gradient"] for one in same),
+        "same_weights_loss": statistics.median(one["loss"] for one in same),
+        "same_weights_gradient": statistics.median(one["gradient"] for one in same),
     }
     finite = all(math.isfinite(value) for pair in pairs for value in pair)
     wrong = [name for name, value in found.items() if not value <= ALLOWED[name]]
@@ -300,15 +301,15 @@ def report(result: dict[str, Any], sides: Sequence[Side], found: dict[str, Any])
         f"eager takes {ratio['median']:.2f} times as long as {ours} per step, "
         f"{ratio['low']:.2f} to {ratio['high']:.2f} in the middle 80 % of steps; "
         f"load average {times['load_average']:.1f}",
-        f"{ours} against eager, largest found (allowed):",
-        f"  on equal weights, {len(found['same'])} times:  loss {words('same_weights_loss')}, gradient "
-        f"{words('same_weights_gradient')}, relative",
-        f"  first {EARLY_STEPS} steps of the curve:   {words('early_relative')} relative",
-        f"  all {options.steps} steps of the curve:    {words('largest')} nats, on average {words('mean')}",
+        f"{ours} against eager, found (allowed):",
+        f"  on equal weights, {len(found['same'])} times:     loss {words('same_weights_loss')}, gradient "
+        f"{words('same_weights_gradient')}, relative, median",
+        f"  first {EARLY_STEPS} steps of the curve:   {words('early_relative')} relative, median",
+        f"  all {options.steps} steps of the curve:    at most {words('largest')} nats, on average {words('mean')}",
     ]
     if options.control:
         control = max(abs(a - b) for a, b in zip(sides[0].losses, sides[2].losses, strict=True))
-        lines.append(f"  {CONTROL} against eager: {control:.1e} nats")
+        lines.append(f"  {CONTROL} against eager: at most {control:.1e} nats")
     lines.append(
         f"BEYOND WHAT IS ALLOWED: {', '.join(off['beyond'])}" if off["beyond"] else "all within what is allowed"
     )
