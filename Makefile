@@ -15,7 +15,7 @@ export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types unit test-huggingface format clean
+.PHONY: help demo test lint types unit test-huggingface train-lm format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 18
@@ -29,7 +29,7 @@ lint: $(VENV)/.dev ## ruff: rules and format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-types: $(VENV)/.dev ## mypy --strict on the four packages and the tests
+types: $(VENV)/.dev ## mypy --strict on the four packages, the examples and the tests
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev ## pytest, more than 90 % of the lines of kernels, moe and metrics covered
@@ -37,7 +37,11 @@ unit: $(VENV)/.dev ## pytest, more than 90 % of the lines of kernels, moe and me
 
 test-huggingface: $(VENV)/.huggingface ## what needs transformers and its neighbour `kernels`, installed for it (about 200 MB)
 	$(BIN)/pytest tests/test_packaging.py tests/moe/test_hf.py tests/moe/test_hf_routers.py tests/bench/test_bench_layer.py \
-	  -k "huggingface or test_hf or transformers" -rs
+	  tests/test_examples.py -k "huggingface or test_hf or transformers or test_examples" -rs
+
+train-lm: $(VENV)/.huggingface ## the examples: a language model trained through the layer, then its experts measured
+	$(BIN)/python examples/train_lm.py
+	$(BIN)/python examples/superposition_of_a_real_moe.py
 
 format: $(VENV)/.dev ## let ruff fix and format
 	$(BIN)/ruff check --fix
