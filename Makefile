@@ -15,7 +15,7 @@ export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types unit test-huggingface format clean
+.PHONY: help demo test lint types unit test-huggingface architectures format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 18
@@ -38,6 +38,10 @@ unit: $(VENV)/.dev ## pytest, more than 90 % of the lines of kernels, moe and me
 test-huggingface: $(VENV)/.huggingface ## what needs transformers and its neighbour `kernels`, installed for it (about 200 MB)
 	$(BIN)/pytest tests/test_packaging.py tests/moe/test_hf.py tests/moe/test_hf_routers.py tests/bench/test_bench_layer.py \
 	  -k "huggingface or test_hf or transformers" -rs
+	$(BIN)/pytest tests/moe/test_hf_architectures.py --numprocesses 2 --dist load -rs
+
+architectures: $(VENV)/.huggingface ## every architecture of transformers' experts interface against eager, into docs/transformers.md
+	$(BIN)/python -m moesaic.bench.architectures --out docs/transformers.md
 
 format: $(VENV)/.dev ## let ruff fix and format
 	$(BIN)/ruff check --fix

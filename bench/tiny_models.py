@@ -77,13 +77,26 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "FlintConfig": {"mlp_only_layers": []},
     "Glm5NextTextConfig": {"index_kpool": 4, "qk_rope_head_dim": 0, "qk_nope_head_dim": 8},
-    "GraniteMoeHybridConfig": {"mamba_n_heads": 8, "mamba_d_state": 8, "layer_types": ["linear_attention", "full_attention"]},
+    "GraniteMoeHybridConfig": {
+        "mamba_n_heads": 8,
+        "mamba_d_state": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
     "HunYuanMoEV1Config": {"head_dim": 8},
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0},
     "DeepseekV4Config": {"mlp_layer_types": ["hash_moe", "moe"]},
     "Glm4vMoeTextConfig": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "MuseSparkAudioConfig": {"num_hidden_layers": 4},
+    "NemotronHConfig": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+        "num_hidden_layers": 4,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "moe_latent_size": 16,
+        "moe_shared_expert_intermediate_size": 24,
+    },
     "Qwen3OmniMoeTalkerConfig": {"spatial_merge_size": 2},
     "Qwen3OmniMoeThinkerConfig": {"vision_start_token_id": VOCABULARY - 1},
     "Qwen3OmniMoeTalkerTextConfig": {"shared_expert_intermediate_size": 24},
@@ -104,8 +117,8 @@ TALKER = "Qwen3OmniMoeTalkerTextExperts"
 TOKEN_TO_EXPERTS = "tid2eid"
 """A buffer in which a router without scores keeps every token's experts; zeros until a checkpoint fills it."""
 
-STD = {"zaya": 0.5}
-"""Standard deviations of parameters where the usual one leaves the router without an opinion."""
+STD = {"inkling": 0.4, "zaya": 0.5}
+"""Standard deviations of parameters where the usual one leaves the router, or the logits, without an opinion."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +151,15 @@ def find_architectures() -> list[Architecture]:
     return found
 
 
-def shrunk(config_class: type) -> dict[str, Any]:
+def find_others() -> list[str]:
+    """Return the model types of the installed transformers that have experts and do not use the experts interface."""
+    package = importlib.import_module("transformers")
+    files = sorted((Path(str(package.__file__)).parent / "models").glob("*/modeling_*.py"))
+    sources = {path.parent.name: path.read_text(encoding="utf-8") for path in files}
+    return [name for name, source in sources.items() if "self.experts" in source and DECORATOR not in source]
+
+
+def shrunk(config_class: Any) -> dict[str, Any]:
     """Return the arguments that make a configuration class's default small."""
     default: Any = config_class()
     # The fields as declared: what a constructor derives from others must not be set, nor even read where layers differ.
@@ -165,7 +186,7 @@ def shrunk(config_class: type) -> dict[str, Any]:
     return arguments | SHAPES.get(config_class.__name__, {})
 
 
-def _rank(model_class: type) -> int:
+def _rank(model_class: Any) -> int:
     heads = ("ForCausalLM", "ForConditionalGeneration", "ForTokenClassification", "For")
     return next((place for place, head in enumerate(heads) if head in model_class.__name__), len(heads))
 
@@ -174,13 +195,13 @@ def model_classes(architecture: Architecture) -> list[Any]:
     """Return the module's model classes, those with logits of tokens first."""
     transformers = importlib.import_module("transformers")
     module = importlib.import_module(architecture.module)
-    classes = [
+    classes: list[Any] = [
         value
         for value in vars(module).values()
         if inspect.isclass(value)
         and issubclass(value, transformers.PreTrainedModel)
         and value.__module__ == module.__name__
-        and inspect.isclass(value.config_class)
+        and inspect.isclass(getattr(value, "config_class", None))
         and not value.__name__.endswith("PreTrainedModel")
     ]
     return sorted(classes, key=_rank)
@@ -197,30 +218,34 @@ def build(architecture: Architecture) -> tuple[Any, dict[str, torch.Tensor]]:
     for model_class in model_classes(architecture):
         try:
             model = model_class(model_class.config_class(**shrunk(model_class.config_class))).eval()
-        except Exception as error:
+            if not experts_of(model, architecture):
+                failures.append(f"{model_class.__name__} has no {architecture.experts}")
+                continue
+            for seed in range(SEEDS):
+                draw_parameters(model, architecture, seed)
+                inputs = draw_inputs(model, architecture)
+                if experts_used(model, inputs, architecture) > TOP_K:
+                    return model, inputs
+            failures.append(f"{model_class.__name__} leaves experts unused with {SEEDS} seeds")
+        except Exception as error:  # whatever it is, the architecture's name has to be beside it
             failures.append(f"{model_class.__name__}: {type(error).__name__}: {error}")
-            continue
-        if not experts_of(model, architecture):
-            failures.append(f"{model_class.__name__} has no {architecture.experts}")
-            continue
-        for seed in range(SEEDS):
-            torch.manual_seed(seed)
-            with torch.no_grad():
-                for parameter in model.parameters():  # some are left at 0 or uninitialised by construction alone
-                    parameter.normal_(std=STD.get(architecture.model_type, 0.2))
-                for name, buffer in model.named_buffers():
-                    if name.endswith(TOKEN_TO_EXPERTS):
-                        buffer.random_(N_EXPERTS)
-            inputs = draw_inputs(model, architecture)
-            if experts_used(model, inputs, architecture) > TOP_K:
-                return model, inputs
-        failures.append(f"{model_class.__name__} leaves experts unused with {SEEDS} seeds")
     raise LookupError(f"no tiny {architecture.model_type} with {architecture.experts}: " + "; ".join(failures))
+
+
+def draw_parameters(model: Any, architecture: Architecture, seed: int) -> None:
+    """Fill all parameters: some are left at 0 or uninitialised by construction alone."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=STD.get(architecture.model_type, 0.2))
+        for name, buffer in model.named_buffers():
+            if name.endswith(TOKEN_TO_EXPERTS):
+                buffer.random_(N_EXPERTS)
 
 
 def experts_used(model: Any, inputs: dict[str, torch.Tensor], architecture: Architecture) -> int:
     """Return how many experts a forward uses, in the experts module that uses the fewest."""
-    used = []
+    used: list[int] = []
     hooks = [
         module.register_forward_pre_hook(lambda _, arguments: used.append(arguments[1].unique().numel()))
         for module in experts_of(model, architecture)
