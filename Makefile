@@ -38,7 +38,7 @@ unit: $(VENV)/.dev ## pytest, more than 90 % of the lines of kernels, moe and me
 test-huggingface: $(VENV)/.huggingface ## what needs transformers and its neighbour `kernels`, installed for it (about 200 MB)
 	$(BIN)/pytest tests/test_packaging.py tests/moe/test_hf.py tests/moe/test_hf_routers.py tests/bench/test_bench_layer.py \
 	  -k "huggingface or test_hf or transformers" -rs
-	$(BIN)/pytest tests/moe/test_hf_architectures.py --numprocesses 2 --dist load -rs
+	$(BIN)/pytest tests/moe/test_hf_gate.py tests/moe/test_hf_models.py tests/moe/test_hf_architectures.py --numprocesses 2 -rs
 
 architectures: $(VENV)/.huggingface ## every architecture of transformers' experts interface against eager, into docs/transformers.md
 	$(BIN)/python -m moesaic.bench.architectures --out docs/transformers.md

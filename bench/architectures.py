@@ -85,6 +85,7 @@ def scaled_error(value: Tensor, truth: Tensor) -> float:
     """Return the largest difference over the truth's RMS."""
     if not truth.numel():
         return 0.0
+    value, truth = value.detach(), truth.detach()
     return float((value - truth).abs().max() / truth.square().mean().sqrt().clamp_min(1e-30))
 
 

@@ -7,6 +7,7 @@ runs on a probe, value and gradient, and where a named activation gives the same
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -73,7 +74,9 @@ def _agree(ours: Tensor, theirs: Tensor, scale: Tensor) -> bool:
     return ours.shape == theirs.shape and bool(((ours - theirs).abs() <= _ALLOWANCE * (theirs.abs() + scale)).all())
 
 
-def _find(experts: nn.Module, gate: Callable[[Tensor], Tensor], width: int, has_gate: bool, interleaved: bool) -> Any:
+def _find(
+    experts: nn.Module, gate: Callable[[Tensor], Tensor], width: int, has_gate: bool, interleaved: bool
+) -> str | None:
     parameters = [name for name, _ in experts.named_parameters() if not name.startswith(_WEIGHTS)]
     if parameters or any(True for _ in experts.buffers()):
         return None  # what is learned, or kept, may change after the probe
@@ -93,6 +96,14 @@ def _find(experts: nn.Module, gate: Callable[[Tensor], Tensor], width: int, has_
     return None
 
 
+def _ask(experts: nn.Module, gate: Any, width: int, has_gate: bool, interleaved: bool) -> str | None:
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        try:
+            return _find(experts, gate, width, has_gate, interleaved)
+        except Exception:  # a gate of its own device or shape: no error of ours, it is called as it is
+            return None
+
+
 def _activation_name(experts: nn.Module, width: int, training: bool) -> str | None:
     has_gate, interleaved = bool(experts.has_gate), not experts.is_concatenated
     act: Any = getattr(experts, "act_fn", None)
@@ -110,17 +121,14 @@ def _activation_name(experts: nn.Module, width: int, training: bool) -> str | No
     )
     known = _recognised.get(experts)
     if known is None or known[0] != state:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.random.fork_rng(devices=[]),
-        ):
-            try:
-                known = state, _find(experts, gate, width, has_gate, interleaved and has_gate)
-            except Exception:  # a gate of its own device or shape: no error of ours, it is called as it is
-                known = state, None
-        _recognised[experts] = known
+        question = partial(_ask, experts, gate, width, has_gate, interleaved and has_gate)
+        if torch.compiler.is_compiling():
+            name = question()
+        else:
+            # A thread of its own has no mode on: activation checkpointing, for one, counts what is computed and saved.
+            with ThreadPoolExecutor(1) as thread:
+                name = thread.submit(question).result()
+        known = _recognised[experts] = state, name
     return known[1]
 
 

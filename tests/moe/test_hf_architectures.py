@@ -39,7 +39,8 @@ def test_logits_gradients_training_and_generation_equal_eager(architecture: Arch
 
 
 def named(model_type: str) -> Architecture:
-    return next(found for found in FOUND if found.model_type == model_type)
+    found = [architecture for architecture in FOUND if architecture.model_type == model_type]
+    return found[0] if found else pytest.skip(f"this version of transformers has no {model_type}")
 
 
 def no_weights(real: Any, x: Any, up: Any, down: Any, weights: Any, ids: Any, **options: Any) -> Any:
