@@ -15,7 +15,7 @@ export PYTHONSAFEPATH := 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types unit test-huggingface train-lm format clean
+.PHONY: help demo test lint types unit test-huggingface train-lm architectures format clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 18
@@ -37,11 +37,15 @@ unit: $(VENV)/.dev ## pytest, more than 90 % of the lines of kernels, moe and me
 
 test-huggingface: $(VENV)/.huggingface ## what needs transformers and its neighbour `kernels`, installed for it (about 200 MB)
 	$(BIN)/pytest tests/test_packaging.py tests/moe/test_hf.py tests/moe/test_hf_routers.py tests/bench/test_bench_layer.py \
-	  tests/test_examples.py -k "huggingface or test_hf or transformers or test_examples" -rs
+	  tests/moe/test_hf_gate.py tests/moe/test_hf_models.py tests/moe/test_hf_architectures.py tests/test_examples.py \
+	  -k "huggingface or test_hf or transformers or test_examples" -rs --numprocesses 2 --dist loadfile
 
 train-lm: $(VENV)/.huggingface ## the examples: a language model trained through the layer, then its experts measured
 	$(BIN)/python examples/train_lm.py
 	$(BIN)/python examples/superposition_of_a_real_moe.py
+
+architectures: $(VENV)/.huggingface ## every architecture of transformers' experts interface against eager, into docs/transformers.md
+	$(BIN)/python -m moesaic.bench.architectures --out docs/transformers.md
 
 format: $(VENV)/.dev ## let ruff fix and format
 	$(BIN)/ruff check --fix

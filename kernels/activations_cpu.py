@@ -10,8 +10,7 @@ import math
 import numpy as np
 from numba import njit
 
-from moesaic.kernels import toy_cpu
-from moesaic.kernels._extras import source_digest
+from moesaic.kernels._extras import LIBRARY
 from moesaic.kernels.toy_cpu import exp32
 
 SILU, GELU_TANH, RELU, RELU2, CLAMPED = range(5)
@@ -19,7 +18,6 @@ CODES = {
     "silu": SILU, "swiglu": SILU, "gelu_tanh": GELU_TANH, "geglu_tanh": GELU_TANH, "relu": RELU, "reglu": RELU,
     "relu2": RELU2,
 }  # fmt: skip
-_LIBRARY = source_digest(toy_cpu)
 _ZERO, _ONE, _TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
 _SCALE, _CUBE = np.float32(2.0 * math.sqrt(2.0 / math.pi)), np.float32(0.044715)
 _SLOPE = np.float32(3.0 * 0.044715)
@@ -94,7 +92,7 @@ def _dot(a, b):
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def forward(begin, end, code, clamp, gated, interleaved, h, scale, a, library=_LIBRARY):
+def forward(begin, end, code, clamp, gated, interleaved, h, scale, a, library=LIBRARY):
     """Write a_r = s_r act(h_r) of rows begin … end − 1; an empty ``scale`` stands for ones."""
     n = a.shape[1]
     scratch = np.empty((4, n), np.float32)
@@ -117,7 +115,7 @@ def forward(begin, end, code, clamp, gated, interleaved, h, scale, a, library=_L
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def backward(begin, end, code, clamp, gated, interleaved, h, scale, d, dh, ds, library=_LIBRARY):
+def backward(begin, end, code, clamp, gated, interleaved, h, scale, d, dh, ds, library=LIBRARY):
     """Write ds_r = ⟨d_r, a_r⟩ and dh_r = act'(h_r) s_r d_r, and s_r a_r in place of d_r."""
     n = d.shape[1]
     scratch = np.empty((5, n), np.float32)

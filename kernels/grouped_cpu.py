@@ -12,8 +12,7 @@ import numpy as np
 from numba import get_num_threads as get_num_threads
 from numba import njit
 
-from moesaic.kernels import vectors_cpu
-from moesaic.kernels._extras import source_digest
+from moesaic.kernels._extras import LIBRARY
 from moesaic.kernels.vectors_cpu import (
     LINE,
     add_line,
@@ -38,8 +37,7 @@ FEW = 48  # rows of a task that are too few to make up for packing column by col
 PACKED = 32768  # numbers of a weight that are packed at a time
 SIDE = 96  # columns of the left matrix in a task of an outer product
 TERMS = 384  # rows that such a task sums in registers
-# Only what takes this is cached on disk: the parts it is made of would not notice a change in the vectors.
-LIBRARY = source_digest(vectors_cpu)
+# Only what takes LIBRARY is cached on disk: the parts it is made of would not notice a change in the vectors.
 
 
 @njit(nogil=True, error_model="numpy")

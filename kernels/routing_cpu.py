@@ -11,8 +11,7 @@ import numpy as np
 from numba import get_num_threads as get_num_threads
 from numba import njit
 
-from moesaic.kernels import toy_cpu
-from moesaic.kernels._extras import source_digest
+from moesaic.kernels._extras import LIBRARY
 from moesaic.kernels.toy_cpu import exp32
 
 SOFTMAX, SOFTMAX_TOPK, SIGMOID = range(3)
@@ -22,7 +21,6 @@ _LOW = np.int64(0xFFFFFFFF)
 _CHUNK = 64  # keys between two looks at whether any of them passes the k-th best
 _MANY = 4096  # keys of a row for which 25 passes take longer than insertions
 _SUMS = {"contract", "reassoc", "nsz"}
-_LIBRARY = source_digest(toy_cpu)
 
 
 @njit(inline="always")
@@ -203,7 +201,7 @@ def _top(row):
 @njit(nogil=True, error_model="numpy", cache=True)
 def route_rows(
     begin, end, logits, bias, has_bias, scoring, n_groups, k_groups, by, renormalize, scale, seed, first_row,
-    statistics, weights, ids, lse, counts, prob_sums, library=_LIBRARY,
+    statistics, weights, ids, lse, counts, prob_sums, library=LIBRARY,
 ):  # fmt: skip
     """Route rows begin … end − 1; with ``statistics``, write log Σ e^l to ``lse`` and add to counts and Σ softmax."""
     n_experts, k = logits.shape[1], ids.shape[1]
@@ -287,7 +285,7 @@ def _dot(a, b, count):
 @njit(nogil=True, error_model="numpy", cache=True)
 def route_rows_backward(
     begin, end, logits, weights, ids, grad_weights, grad_probs, grad_lse, through_probs, through_lse, scoring,
-    renormalize, scale, grad_logits, library=_LIBRARY,
+    renormalize, scale, grad_logits, library=LIBRARY,
 ):  # fmt: skip
     """Write dL/dl of rows begin … end − 1 from gradients of weights (T, k), Σ_t softmax (E) and lse (T).
 
@@ -352,7 +350,7 @@ def route_rows_backward(
 @njit(nogil=True, error_model="numpy", cache=True)
 def stream_rows(
     begin, end, tile, first, mask, bias, has_bias, sigmoid, sums, seed, first_row, best, tops, totals, nans,
-    library=_LIBRARY,
+    library=LIBRARY,
 ):  # fmt: skip
     """Take experts first … first + tile.shape[1] − 1 of rows begin … end − 1 into the rows' running state.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from moesaic.kernels.grouped_cpu import LIBRARY
+from moesaic.kernels._extras import LIBRARY
 from moesaic.kernels.grouped_cpu import get_num_threads as get_num_threads
 from moesaic.kernels.vectors_cpu import LINE, add_line, aligned, dot_lines, read, round_line, write
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from moesaic.kernels import toy_cpu
-from moesaic.kernels._extras import source_digest
+from moesaic.kernels._extras import LIBRARY
 from moesaic.kernels.toy_cpu import (
     LANES,
     MATH,
@@ -23,7 +22,6 @@ from moesaic.kernels.toy_cpu import (
 
 # Samples of an expert that pass through forward and backward together: x, y and r of them stay in a core's cache.
 _CHUNK = 512
-_LIBRARY = source_digest(toy_cpu)
 # An array's element, because Numba compiles a function anew for every literal it is called with.
 _UNIT_STRIDE = np.ones(1, np.int64)
 
@@ -317,7 +315,7 @@ def _offsets(n, m, n_experts, tied):
 @njit(nogil=True, error_model="numpy", fastmath=MATH, cache=True)
 def train_models(
     n, m, n_experts, k, m0, tied, batch, thetas, exp_avgs, exp_avg_sqs, kinds, keys, ps, sizes, importances, gates, lrs,
-    decays, beta1s, beta2s, epss, load_balances, scales, first_step, losses, load_losses, library=_LIBRARY,
+    decays, beta1s, beta2s, epss, load_balances, scales, first_step, losses, load_losses, library=LIBRARY,
 ):  # fmt: skip
     """Run ``losses.shape[1]`` steps of each model, its flat state updated in place.
 

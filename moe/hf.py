@@ -2,8 +2,8 @@
 
 The interface hands over an experts module: gate_up_proj (E, 2I, H), or (E, H, 2I) if `is_transposed`; up_proj if not
 `has_gate`; down_proj (E, H, I) or (E, I, H); biases if `has_bias`; a norm of every expert's output if
-`has_post_expert_norm`. The module's own `_apply_gate` and `act_fn` are called, so whatever an architecture makes of its
-gate is honoured.
+`has_post_expert_norm`. Where the module's gate equals a named activation, all of it is one fused op; else the module's
+own `_apply_gate` or `act_fn` is called between the two products. Either way an architecture's gate is honoured.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesaic.kernels.expert_mlp import expert_mlp
+from moesaic.moe.hf_gate import activation_name
 
 NAME = "moesaic"
 _KNOWN_FLAGS = {"is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"}
@@ -59,15 +60,19 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
             f"{type(self).__name__} passes routing weights {tuple(top_k_weights.shape)} for ids "
             f"{tuple(top_k_index.shape)}; moesaic takes one weight per chosen expert"
         )
+    name = activation_name(self, gate_up.shape[2], self.training) if isinstance(self, nn.Module) else None
+    own_gate = self._apply_gate if self.has_gate else self.act_fn
     out = expert_mlp(
         hidden_states,
         gate_up,
         down,
         top_k_weights,
         top_k_index,
-        activation=self._apply_gate if self.has_gate else self.act_fn,
+        # A gate may compute in float32 whatever it is given.
+        activation=name or (lambda h: own_gate(h).to(h.dtype)),
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
+        interleaved=name is not None and self.has_gate and not self.is_concatenated,
         post_norm=self.post_expert_norm if getattr(self, "has_post_expert_norm", False) else None,
     )
     return out.to(hidden_states.dtype)
