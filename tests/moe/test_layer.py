@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import pickle
 from collections.abc import Callable
@@ -327,3 +328,22 @@ def test_repr_names_the_constructors_arguments() -> None:
 def test_a_wrong_input_width_is_named() -> None:
     with pytest.raises(ValueError, match=r"x must have shape \(..., 6\), got \(3, 5\)"):
         layer()(torch.zeros(3, 5))
+
+
+def test_compiled_functions_are_found_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba tells defaults apart by type alone: two numbers as defaults would be looked up in Python at every call."""
+    dispatcher: Any = importlib.import_module("numba.core.dispatcher")
+    wide, narrow, x = layer(d_ff=40), layer(d_ff=3), tokens(40, 6)
+    for moe in (wide, narrow):
+        outputs_and_gradients(moe, x, moe)
+    searched: list[str] = []
+    true = dispatcher._DispatcherBase._compile_for_args
+
+    def search(self: Any, *args: Any, **keywords: Any) -> Any:
+        searched.append(self.py_func.__name__)
+        return true(self, *args, **keywords)
+
+    monkeypatch.setattr(dispatcher._DispatcherBase, "_compile_for_args", search)
+    for moe in (wide, narrow):
+        outputs_and_gradients(moe, x, moe)
+    assert searched == []
