@@ -33,7 +33,7 @@ ROUNDS, LEAST_S = 7, 0.2
 QUICK_ROUNDS, QUICK_LEAST_S = 3, 0.05
 FLOAT32_ERROR, OURS_BUDGET, PEER_BUDGET = 1e-5, 1.1, 2.0
 """Errors allowed: of all in float32; in other dtypes of ours and of a peer, in those of the naive composition."""
-SLOWEST_S = 30.0
+SLOWEST_S = 12.0
 FEW_FLOPS = 1e9
 """Below this a peer is timed on a CPU with one thread too: waiting for the others may cost more than they bring."""
 HEADER = ("T, d, n, E, k", "pass", "side", "ms", "TFLOP/s", "GB/s", "of the roof", "peak MiB", "ratio")
