@@ -19,7 +19,7 @@ from moesaic.kernels import expert_mlp
 from moesaic.moe import MoE
 
 OURS = "moesaic"
-TORCH_GROUPS, MOST_PRODUCTS = 1024, 2**14
+TORCH_GROUPS, MOST_PRODUCTS, EAGER_BYTES = 1024, 2**14, 5e10
 
 Side = Callable[[Any], Tensor]
 Build = Callable[[Case, str], Side]
@@ -161,6 +161,9 @@ def _transformers(implementation: str) -> Build:
         need_room(4 * case.weight_bytes + case.n_rows * (8 * case.d_model + 8 * case.d_ff) * size, device)
         if implementation == "eager" and case.n_experts > TORCH_GROUPS:
             raise NotRunError(f"one-hot ids (T, k, E), and a gradient of all weights per expert: E > {TORCH_GROUPS}")
+        filled = case.n_experts * case.weight_bytes
+        if implementation == "eager" and device == "cpu" and filled > EAGER_BYTES:
+            raise NotRunError(f"a gradient of all weights per expert: {filled / 1e9:.0f} GB of zeros, takes minutes")
         if implementation == "grouped_mm":
             need_groups(case, device)
         if implementation == "batched_mm":

@@ -362,6 +362,8 @@ def test_without_transformers_its_peers_are_not_run(monkeypatch: pytest.MonkeyPa
             SIDES[name](SMALL, "cpu")
     with pytest.raises(NotRunError, match="one-hot"):
         SIDES["transformers-eager"](replace(SMALL, n_experts=2000), "cpu")
+    with pytest.raises(NotRunError, match=r"103 GB of zeros"):
+        SIDES["transformers-eager"](Case(1024, 256, 128, 512, 8, "float32"), "cpu")
 
 
 def test_a_run_has_rows_a_table_and_a_figure(tmp_path: Path, roof: Roof) -> None:
