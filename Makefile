@@ -12,6 +12,8 @@ METADATA := pyproject.toml constraints.txt src/moesaic/_version.py
 
 # The checkout's kernels/ must never be found as Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
+# Threads that wait for work must not spin where tests of another process could run.
+export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -316,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed |= bool(wrong)
             print(architecture.model_type, architecture.experts, "; ".join(wrong) or "ok", flush=True)
             comparisons.append(comparison)
-    if options.out:
+    if options.out and not failed:
         options.out.write_text(document(comparisons, find_others()), encoding="utf-8")
     return int(failed)
 

@@ -49,7 +49,11 @@ class Turn(Protocol):
 
     @property
     def grad(self) -> Tensor:
-        """The gradient of the result."""
+        """The gradient of the result, when it is timed."""
+
+    @property
+    def checked(self) -> Tensor:
+        """The same, when it is checked."""
 
     @property
     def ids(self) -> Tensor:
@@ -110,8 +114,8 @@ NOTES = (
     "all weights' gradients written. For n below 64 read GB/s.",
     "Forward: no gradients. Forward + backward: in one go, gradients of x and all weights; not of decoding. The router "
     "is a linear layer and softmax over the chosen; peers without one get torch's linear, softmax and topk.",
-    'Tokens whose k-th and next score lie as close as rounding have no gradient and are not checked. "Experts alone": '
-    "expert_mlp on given choices, gradients of x, weights and gate weights.",
+    "Tokens whose k-th and next score lie as close as rounding are drawn anew; what stays so is not checked.",
+    '"Experts alone": expert_mlp on given choices, gradients of x, weights and gate weights.',
 )
 COMMON_NOTES = (
     "ms: median of the rounds [fastest-slowest]. of the roof: least time that the measured matrix rate and copy "
@@ -222,7 +226,7 @@ def results(side: Side, turn: Turn, sample: Sample) -> dict[str, Tensor]:
     with torch.no_grad():
         alone = side(turn)
     y = side(turn)
-    grads = torch.autograd.grad(y, turn.leaves, turn.grad)
+    grads = torch.autograd.grad(y, turn.leaves, turn.checked)
     found = {"y alone": turn.picked(alone, (), sample)["y"], **turn.picked(y.detach(), grads, sample)}
     finite = all(bool(one.sum(dtype=torch.float32).isfinite()) for one in (alone, y.detach(), *grads))
     return found if finite else {name: torch.full_like(one, math.nan) for name, one in found.items()}
@@ -271,6 +275,8 @@ def measure(subject: Subject, case: Case, options: Options) -> Measured:
     rounding["y alone"] = rounding["y"]
     del naive
     where = f"{len(sample.tokens)} of {case.n_tokens} tokens, {len(sample.experts)} of {case.n_experts} experts"
+    if inputs[0].clear is not None and not inputs[0].clear.all():
+        where += f", gradients of {int(inputs[0].clear.sum())} tokens"
     errors: dict[str, Mapping[str, float]] = {}
     errors[OURS], wrong = judge(found, truth, rounding, OURS_BUDGET)
     limits = {name: max(FLOAT32_ERROR, OURS_BUDGET * error) for name, error in rounding.items()}

@@ -74,8 +74,8 @@ class Case:
         forward   touched·3nd (weights) + 2Td (x in, y out) + Tk (gate weights), times the element's size, + 8Tk (ids)
         backward  touched·3nd + 3Td (x, dy in, dx out) + 2Tk (gate weights, their gradient) + 2·2nTk (h, written in the
                   forward pass and read again) + E·3nd (gradients of all weights, zeros included), times that, + 8Tk
-        router    E·d each time, and E·d for its gradient, times that; then gate weights and ids are made inside and
-                  are only kept for the gradient: no 2·Tk and 16·Tk of a forward pass alone
+        router    E·d each time, and E·d for its gradient, times that; gate weights and ids are then made inside: kept
+                  for the gradient, Tk and 8Tk of each pass, and not even that without one
 
         ``touched``: experts that a token has chosen. Experts' rows of outputs (Tk, d) and activations (Tk, n), and
         logits (T, E), which most implementations write and read, are not counted: a fused layer need not have them.
@@ -86,7 +86,8 @@ class Case:
         forward = size * (touched * width + 2 * self.n_tokens * self.d_model + router) + chosen
         if not backward:
             return forward
-        again = touched * width + 3 * self.n_tokens * self.d_model + 2 * self.n_rows + 4 * self.d_ff * self.n_rows
+        gates = (1 if self.router else 2) * self.n_rows
+        again = touched * width + 3 * self.n_tokens * self.d_model + gates + 4 * self.d_ff * self.n_rows
         return forward + size * (again + self.n_experts * width + 2 * router) + 8 * self.n_rows
 
 
@@ -162,10 +163,15 @@ def draw_sample(ids: Tensor, n_experts: int, clear: Tensor | None = None) -> Sam
     """All tokens and experts where they are few; else evenly spaced tokens, and an idle expert, the busiest and others.
 
     A token's check costs a product per expert that it chose, so there are `SAMPLED_CHOICES` of these in all; as many
-    experts as have that many tokens between them. ``clear`` (T,) leaves out tokens, where there are others.
+    experts as have that many tokens between them. ``clear`` (T,) leaves out tokens.
+
+    Raises:
+        ValueError: ``clear`` leaves out all of them.
     """
     n_tokens, top_k = ids.shape
-    able = torch.arange(n_tokens, device=ids.device) if clear is None or not clear.any() else clear.nonzero().flatten()
+    able = torch.arange(n_tokens, device=ids.device) if clear is None else clear.nonzero().flatten()
+    if not len(able):
+        raise ValueError("rounding may change every token's choice of experts: nothing can be checked")
     count = min(len(able), max(8, SAMPLED_CHOICES // top_k))
     tokens = able[torch.arange(count, device=ids.device) * len(able) // count]
     counts = torch.bincount(ids.flatten(), minlength=n_experts)

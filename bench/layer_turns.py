@@ -14,6 +14,8 @@ from moesaic.bench.layer_cases import ROTATED_BYTES, Case, Sample, draw_ids, n_t
 
 SCORE_BYTES = 2**28
 """Scores in float64 that exist at once."""
+REDRAWN = 8
+"""Times that tokens are drawn anew whose choice rounding may change."""
 TIE = {torch.float32: 2.0**-17, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float64: 2.0**-40}
 """Scores that differ by less, in the largest of their row, may change places by rounding: some four roundings."""
 
@@ -22,8 +24,7 @@ TIE = {torch.float32: 2.0**-17, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10
 class LayerTurn:
     """x (T, d), router (E, d) or none, gate_up (E, 2n, d), down (E, d, n), gate weights and ids (T, k), dy (T, d).
 
-    With a router weights and ids are what it should find. ``clear`` (T,): tokens whose choice no rounding changes; the
-    others have a gradient of 0, so that they change nothing that is checked.
+    With a router weights and ids are what it should find. ``clear`` (T,): tokens whose choice no rounding changes.
     """
 
     x: Tensor
@@ -34,6 +35,11 @@ class LayerTurn:
     ids: Tensor
     grad: Tensor
     clear: Tensor | None = None
+
+    @property
+    def checked(self) -> Tensor:
+        """Dy of the check: 0 for tokens that are not clear, so that they change nothing that is checked."""
+        return self.grad if self.clear is None else self.grad * self.clear.unsqueeze(1)
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -54,7 +60,7 @@ class LayerTurn:
 
     def reference(self, sample: Sample, dtype: torch.dtype) -> dict[str, Tensor]:
         """The same, expert by expert by torch's products and autograd in ``dtype``, everything rounded to it."""
-        (n_tokens, top_k), device = self.ids.shape, self.x.device
+        (n_tokens, top_k), device, dy = self.ids.shape, self.x.device, self.checked
         count, d_model = len(sample.tokens), self.x.shape[1]
         place = torch.full((n_tokens,), -1, device=device)
         place[sample.tokens] = torch.arange(count, device=device)
@@ -67,14 +73,14 @@ class LayerTurn:
             if self.router is not None:
                 # The router's gradient takes those of all weights.
                 out, _ = self._expert(expert, every, dtype)
-                dweights[every] = (out.detach() * self.grad[every // top_k].to(dtype)).sum(1)
+                dweights[every] = (out.detach() * dy[every // top_k].to(dtype)).sum(1)
             slots = every if expert in index else every[place[every // top_k] >= 0]
             if not slots.numel():
                 continue
             out, leaves = self._expert(expert, slots, dtype)
             leaves = [*leaves, weights[slots].requires_grad_()]
             out = out * leaves[3].unsqueeze(1)
-            grads = torch.autograd.grad(out, leaves, self.grad[slots // top_k].to(dtype))
+            grads = torch.autograd.grad(out, leaves, dy[slots // top_k].to(dtype))
             inside = place[slots // top_k] >= 0
             here = place[slots // top_k][inside]
             y.index_add_(0, here, out.detach()[inside])
@@ -159,7 +165,11 @@ def layer_turns(case: Case, device: str) -> list[LayerTurn]:
             weights = torch.softmax(draw(case.n_tokens, case.top_k), -1)
         else:
             ids, clear = best(x, router.detach(), case.top_k)
-            grad = grad * clear.unsqueeze(1)
+            for _ in range(REDRAWN):
+                if clear.all():
+                    break
+                x[~clear] = draw(int((~clear).sum()), width)
+                ids[~clear], clear[~clear] = best(x[~clear], router.detach(), case.top_k)
             weights = torch.empty_like(ids, dtype=dtype).fill_(math.nan)
         leaves = x.requires_grad_(), router, gate_up, down, weights.requires_grad_(router is None)
         found.append(LayerTurn(*leaves, ids, grad, clear))

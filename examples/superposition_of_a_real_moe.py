@@ -272,7 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SystemExit(f"no two {name}s occur --least = {options.least} times in {options.windows} windows")
     models = {}
     for name, folder in (("trained", "model"), ("initial", "initial"), ("dense", "dense")):
-        if (options.folder / folder).exists():
+        # A folder from an earlier run may lie there.
+        if name != "dense" or about["options"]["dense"]:
             model = transformers.Qwen3MoeForCausalLM.from_pretrained(options.folder / folder).eval()
             model.set_experts_implementation("moesaic")
             models[name] = measure(model, windows, labels, classes(byte), random=name == "trained")

@@ -222,7 +222,7 @@ def timing(sides: Sequence[Side]) -> dict[str, Any]:
     return {
         "ms_per_step": {name: 1e3 * statistics.median(values) for name, values in rows.items()},
         "eager_over_ours": {"median": statistics.median(ratios), "low": ratios[tenth], "high": ratios[-1 - tenth]},
-        "load_average": os.getloadavg()[0],
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "threads": torch.get_num_threads(),
     }
 

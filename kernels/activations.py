@@ -66,10 +66,10 @@ def clamp_of(activation: str) -> Clamp | None:
     if not activation.startswith(CLAMPED):
         return None
     try:
-        limit, alpha, shift = (float(part) for part in activation[len(CLAMPED) + 1 : -1].split(","))
-    except ValueError:
+        constants = Clamp(*(float(part) for part in activation[len(CLAMPED) + 1 : -1].split(",")))
+        return constants if clamped_swiglu(*constants) == activation else None
+    except (TypeError, ValueError):
         return None
-    return Clamp(limit, alpha, shift)
 
 
 def is_gated(activation: str) -> bool:

@@ -62,7 +62,7 @@ def group_by_expert(ids: Tensor, n_experts: int) -> Grouping:
 @torch.library.custom_op("moesaic::group_by_expert", mutates_args=())
 def _group(ids: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Offsets (E + 2), of which the last group are the skipped, permutation and inverse of ids (T·k)."""
-    if uses_triton(ids):
+    if ids.is_cuda or uses_triton(ids):
         from moesaic.kernels import dispatch_triton
 
         with torch.cuda.device_of(ids):

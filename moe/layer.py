@@ -69,15 +69,17 @@ class MoE(nn.Module):
     backward, `reset_parameters` and `update_balance` are collective: all ranks make the same calls in the same order. y
     is the one process's; so are the experts' gradients where the loss is the sum of the ranks' losses, while those of
     the other parameters are of this rank's tokens, until `reduce_gradients` adds them up. The host waits for the device
-    once per forward, for the sizes; without `process_group` it never does. `up`, `down` and their biases are DTensors
-    of the full shape, sharded over experts, which torch.distributed.checkpoint reshards; `load_state_dict` also takes
-    one process's full tensors, and keeps its own experts. With equal seeds, all ranks together start as one process
-    does; router and shared experts are the first rank's in any case. If a rank dies, on gloo the others raise
-    RuntimeError at once, and if it hangs, after the `timeout` of `init_process_group`; on NCCL, PyTorch's watchdog ends
-    them after that time. DDP and FSDP around a layer with `process_group` are not supported.
+    once per forward, for the sizes, which `torch.compile` leaves to Python; without `process_group` it never does.
+    `up`, `down` and their biases are DTensors of the full shape, sharded over experts, which
+    torch.distributed.checkpoint reshards; `load_state_dict` also takes one process's full tensors, and keeps its own
+    experts. With equal seeds, all ranks together start as one process does; router and shared experts are the first
+    rank's in any case. If a rank dies, on gloo the others raise RuntimeError at once, and if it hangs, after the
+    `timeout` of `init_process_group`; on NCCL, PyTorch's watchdog ends them after that time. DDP and FSDP around a
+    layer with `process_group` are not supported.
 
     Attributes:
-        keep_routing: keep `last_routing` after each forward; True for balance `aux`, else False unless you set it.
+        keep_routing: keep `last_routing` after each forward; True for balance `aux`, else False unless you set it. Its
+            balance loss has no gradient under reentrant checkpointing, whose forward has none.
         last_routing: `LayerRouting` of the last forward, or None. Copies and pickles of the layer leave it out.
 
     Args:

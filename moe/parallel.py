@@ -51,6 +51,8 @@ def collective(what: str, group: dist.ProcessGroup) -> Iterator[None]:
     """
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RuntimeError(
             f"{what} failed on rank {group.rank()} of {group.size()}: another rank has died, or did "
@@ -252,6 +254,8 @@ class ExpertRanks:
         if x.device.type != self.mesh.device_type:
             raise ValueError(f"x must be on {self.mesh.device_type}, where process_group sends from, got {x.device}")
         (tokens,) = autocast(x.reshape(-1, x.shape[-1]))
+        if tokens.dtype not in _DTYPES:
+            raise ValueError(f"x must be one of {', '.join(map(str, _DTYPES))}, got {tokens.dtype}")
         grouping = group_by_expert(ids, self.n_experts)
         plan = self._plan(grouping, tokens)
         rows = _gather(tokens, grouping, sum(plan.sent), ids.shape[-1])
@@ -281,8 +285,8 @@ class ExpertRanks:
         answer = torch.empty_like(message)
         with collective("expert-parallel all-to-all of counts", self.group):
             dist.all_to_all_single(answer, message, group=self.group)
-            arriving = answer[:, :-1]
-            sent, received, notes = torch.stack([counts.sum(1), arriving.sum(1), answer[:, -1]]).tolist()
+        arriving = answer[:, :-1]
+        sent, received, notes = torch.stack([counts.sum(1), arriving.sum(1), answer[:, -1]]).tolist()
         kinds = [_DTYPES[note // 2] for note in notes]
         if any(theirs != tokens.dtype for theirs in kinds):
             raise ValueError(f"x must have the same dtype on all ranks of process_group, got {kinds} by rank")

@@ -110,7 +110,8 @@ def clip_gradients(module: nn.Module, max_norm: float, norm_type: float = 2.0) -
     with collective("norm of gradients", group):
         for grads in ([p.grad for p in half if p.grad is not None] for half in halves):
             norm = torch.nn.utils.get_total_norm(grads, norm_type)
-            norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            norms.append(norm.to(halves[0][0].device))  # that of no gradients is on the CPU
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
     for half in halves:
         torch.nn.utils.clip_grads_with_norm_(half, max_norm, total)

@@ -66,7 +66,22 @@ def test_kernels_read_the_same_constants_from_a_name() -> None:
     assert all(_constant(name, 0) == 0 for name in ACTIVATIONS if name != "gpt_oss")
 
 
-@pytest.mark.parametrize("name", ["clamped_swiglu", "clamped_swiglu(7)", "clamped_swiglu(7.0,1.0,x)", "tanh", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "clamped_swiglu",
+        "clamped_swiglu(7)",
+        "clamped_swiglu(7.0,1.0,x)",
+        "clamped_swiglu(7.0,1.0,0.0,1.0)",
+        "tanh",
+        "",
+        "clamped_swiglu(10.0,1.702,1.05",
+        "clamped_swiglu(-7.0,1.0,0.0)",
+        "clamped_swiglu(nan,1.0,0.0)",
+        "clamped_swiglu(1e400,1.0,0.0)",
+        "clamped_swiglu_7.0,1.0,0.0)",
+    ],
+)
 def test_other_names_are_no_activations(name: str) -> None:
     assert not is_gated(name)
     with pytest.raises(ValueError, match=r"activation must be None or one of swiglu.*clamped_swiglu.*, got "):
