@@ -5,7 +5,6 @@ Triton decides between compiler and interpreter on import, so this file is also 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -94,7 +93,3 @@ def test_cuda_equals_the_cpu(n_experts: int) -> None:
     ids = torch.randint(-1, n_experts + 1, (50_000, 8), generator=torch.Generator().manual_seed(0))
     ours = dispatch_triton.group(ids.flatten().cuda(), n_experts)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, _group(ids.flatten(), n_experts), strict=True))
-
-
-if __name__ == "__main__":
-    print("\n".join(PROGRAMS[sys.argv[1]]()), end="")

@@ -6,7 +6,6 @@ Triton decides between compiler and interpreter on import, so this file is also 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
@@ -454,7 +453,3 @@ def test_the_layer_is_captured_by_a_cuda_graph() -> None:
     graph.replay()
     again = with_gradients(expert_mlp, on_gpu, upstream, torch.bfloat16, options)
     assert all(torch.equal(a, b) for a, b in zip(captured, again, strict=True))
-
-
-if __name__ == "__main__":
-    print("\n".join(PROGRAMS[sys.argv[1]]()), end="")

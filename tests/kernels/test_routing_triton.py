@@ -5,7 +5,6 @@ Triton decides between compiler and interpreter on import, so this file is also 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -287,7 +286,3 @@ def test_routing_is_captured_by_a_cuda_graph() -> None:
     logits.copy_(draw(512, 64, seed=9))
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, work(), strict=True))
-
-
-if __name__ == "__main__":
-    print("\n".join(PROGRAMS[sys.argv[1]]()), end="")
