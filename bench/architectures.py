@@ -128,10 +128,12 @@ def watched(model: Any, architecture: Architecture) -> Iterator[tuple[list[Any],
         return result
 
     hooks = [m.register_forward_pre_hook(lambda module, _: ran.append(module)) for m in experts_of(model, architecture)]
-    with replaced(spy):
-        yield ran, activations
-    for hook in hooks:
-        hook.remove()
+    try:
+        with replaced(spy):
+            yield ran, activations
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def drop_an_expert(real: Any, x: Tensor, up: Tensor, down: Tensor, weights: Tensor, ids: Tensor, **options: Any) -> Any:

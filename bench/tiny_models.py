@@ -251,10 +251,12 @@ def experts_used(model: Any, inputs: dict[str, torch.Tensor], architecture: Arch
         for module in experts_of(model, architecture)
     ]
     model.set_experts_implementation("eager")
-    with torch.no_grad():
-        model(**inputs)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return min(used)
 
 

@@ -228,14 +228,18 @@ def test_compiled_without_a_first_eager_call_it_is_one_graph_and_fused(
     with torch.no_grad():
         compiled = torch.compile(experts, backend=telling(fused), fullgraph=True)(x, ids, weights)
     assert fused == [True]
-    up = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    up, upstream = experts.gate_up_proj if experts.has_gate else experts.up_proj, torch.randn(x.shape)
+    leaves = [x.requires_grad_(), up, experts.down_proj, weights.requires_grad_()]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    tokens, wide_up, wide_down, wide_weights = wide
     truth = reference.expert_mlp(
-        x, up, experts.down_proj, weights, ids, activation=name, interleaved=not experts.is_concatenated
+        tokens, wide_up, wide_down, wide_weights, ids, activation=name, interleaved=not experts.is_concatenated
     )
-    torch.testing.assert_close(compiled, truth, rtol=1e-4, atol=1e-4)
     trained = torch.compile(experts, backend="aot_eager", fullgraph=True)(x, ids, weights)
-    trained.sum().backward()
-    assert experts.down_proj.grad is not None
+    got = [compiled, trained, *torch.autograd.grad(trained, leaves, upstream)]
+    expected = [truth, truth, *torch.autograd.grad(truth, wide, upstream.double())]
+    for mine, theirs in zip(got, expected, strict=True):
+        assert (mine - theirs).abs().max() < 1e-5 * theirs.square().mean().sqrt()
     torch.compiler.reset()
 
 
