@@ -27,7 +27,7 @@ def _digest(*names: str) -> int:
     return int(hashlib.sha256(sources).hexdigest()[:8], 16)
 
 
-LIBRARY = _digest("toy_cpu.py", "vectors_cpu.py")
+LIBRARY = _digest("toy_cpu.py", "vectors_cpu.py", "grouped_cpu.py", "panel_cpu.py")
 """A number of the sources that other files' compiled functions take parts from, as a default argument of these.
 
 Numba's disk cache notices changes in a function's own file and in its signature, to which defaults belong. One number

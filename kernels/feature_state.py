@@ -71,7 +71,7 @@ class FeatureShape:
         }
 
     def named(self, table: Tensor) -> dict[str, Tensor]:
-        """Return views of a table (n, P) shaped like a `ToyModel`'s: weight (E, n, m), bias (E, n), shared_bias (n,)."""
+        """Return views of a table (n, P) as a `ToyModel` has them: weight (E, n, m), bias (E, n), shared_bias (n,)."""
         views = self.rows(table)
         for name in ("weight", "decoder", "bias", "router"):
             if name in views:

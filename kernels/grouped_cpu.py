@@ -112,7 +112,7 @@ def _pack(tag, wide, source, step_k, step_n, depth, columns, panels, ahead):
             for k in range(0, done, 8):
                 for n in range(0, width, 8):
                     turn_block(
-                        tag, wide, target + (p * depth + k) * LINE + n * size,
+                        tag, wide, target + (p * depth + k) * LINE + n * size, LINE,
                         source + k * from_k + (p * width + n) * from_n, from_n, ahead,
                     )  # fmt: skip
     for p in range(-(-columns // width)):

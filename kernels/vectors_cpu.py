@@ -258,8 +258,10 @@ def dot_lines(typingctx: Any, tag: Any, wide: Any, a: Any, b: Any, count: Any) -
 
 
 @intrinsic
-def turn_block(typingctx: Any, tag: Any, wide: Any, target: Any, source: Any, step: Any, ahead: Any) -> Any:
-    """Transpose 8 × 8: row i from source + i · step, widened, to column i at target, rows ``LINE`` apart.
+def turn_block(
+    typingctx: Any, tag: Any, wide: Any, target: Any, target_step: Any, source: Any, step: Any, ahead: Any
+) -> Any:
+    """Transpose 8 × 8: row i from source + i · step, widened, to column i at target, rows target_step apart.
 
     What lies ``ahead`` of the source is brought into cache, if it is there at all.
     """
@@ -267,7 +269,7 @@ def turn_block(typingctx: Any, tag: Any, wide: Any, target: Any, source: Any, st
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = _stored(signature.args[0])
         size = _size(_stored(signature.args[1]))
-        target, source, step, ahead = args[2:]
+        target, target_step, source, step, ahead = args[2:]
         rows = []
         for i in range(8):
             address = builder.add(source, builder.mul(step, _I64(i)))
@@ -282,10 +284,10 @@ def turn_block(typingctx: Any, tag: Any, wide: Any, target: Any, source: Any, st
                     a, b = rows[i], rows[i + s]
                     rows[i], rows[i + s] = builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high)
         for i in range(8):
-            _store(builder, rows[i], builder.add(target, _I64(i * LINE)), size)
+            _store(builder, rows[i], builder.add(target, builder.mul(target_step, _I64(i))), size)
         return context.get_dummy_value()
 
-    return types.void(tag, wide, *[types.int64] * 4), code
+    return types.void(tag, wide, *[types.int64] * 5), code
 
 
 @intrinsic

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moesaic.kernels import combine, group_by_expert, grouped_matmul, route_topk
+from moesaic.kernels import combine, group_by_expert, grouped_matmul
 from moesaic.kernels.ensemble import EnsembleShape
+from moesaic.kernels.toy_gates import toy_gates
 from moesaic.moe.config import Run, ToyConfig
 from moesaic.moe.init import initial_parameters
 
@@ -96,18 +97,7 @@ class ToyModel(nn.Module):
         """Choose and weigh experts for x (S, B, n), or (B, n) shared by all models."""
         x = self._stacked(x)
         logits = x @ self.router.transpose(1, 2)
-        k = self.configs[0].top_k
-        probs = torch.softmax(logits, dim=-1)
-        renormalised, ids = route_topk(logits, k, scoring="softmax_topk")
-        picked = probs.gather(-1, ids)
-        by_gate = {
-            "paper": renormalised,
-            "switch": picked,
-            "sigmoid": torch.sigmoid(logits.gather(-1, ids)),
-            "straight_through": renormalised.detach() + (picked - picked.detach()),
-            "random": renormalised,
-            "oracle": renormalised,
-        }
+        ids, probs, by_gate = toy_gates(logits, self.configs[0].top_k)
         gates = [config.gate for config in self.configs]
         if len(set(gates)) == 1:
             return ToyRouting(by_gate[gates[0]], ids, probs)
