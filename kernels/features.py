@@ -58,7 +58,7 @@ class FeatureTable:
     @cached_property
     def cells(self) -> Cells:
         """What sparse sampling knows of a table of one model."""
-        from moesaic.kernels.sparse_features import Cells
+        from moesaic.kernels.sparse_features import Cells  # which needs this class
 
         return Cells.of(self)
 

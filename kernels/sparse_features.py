@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +23,7 @@ from torch import Tensor
 from moesaic.kernels._backend import uses_triton
 from moesaic.kernels._extras import numba_twin
 from moesaic.kernels._threads import in_parts
-
-if TYPE_CHECKING:
-    from moesaic.kernels.features import FeatureTable
-
-INDEPENDENT, CORRELATED, ANTICORRELATED, CLUSTERED, EXACTLY_K = range(5)
+from moesaic.kernels.features import ANTICORRELATED, CLUSTERED, CORRELATED, EXACTLY_K, FeatureTable
 
 UNIT = 2.0**44
 _CERTAIN = 40.0  # λ of p = 1: absent once in e⁴⁰ = 2·10¹⁷ samples
@@ -60,11 +56,12 @@ class Cells:
     Attributes:
         kind, n, size: of the table.
         n_cells: features or groups.
-        width: of each cell in units of 2⁻⁴⁴, if all have the same; else 0.
+        width: of each cell in units of 2⁻⁴⁴, if all have the same, and some; else 0.
         bounds: (n_cells + 1,) int64, where cells begin; one number if all have the same width.
         guide: place T >> shift has the cell of the first T there; the next one, the last cell that T can lie in.
         halvings: of the search between these two.
         expected: entries per sample.
+        events: per sample.
     """
 
     kind: int
@@ -77,6 +74,7 @@ class Cells:
     shift: int
     halvings: int
     expected: float
+    events: float
     _copies: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -103,7 +101,7 @@ class Cells:
                 f"{expected / n:.0%} of the features are present: dense sampling (layout=torch.strided) is cheaper "
                 f"above {_DENSE:.0%}",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
         uniform = len(p) > 0 and bool((p == p[0]).all())
         widths = np.repeat(_cell_widths(p[:1]), len(p)) if uniform else _cell_widths(p)
@@ -113,14 +111,14 @@ class Cells:
                 f"counts {_CERTAIN:g}; sparse sampling takes at most {_MOST:.0f}, dense sampling any"
             )
         units = np.rint(widths * UNIT).astype(np.int64)
-        if uniform:
+        events = float(widths.sum()) * (size / n if kind == CLUSTERED else 1.0)
+        if uniform and units[0] > 0:
             width, none = int(units[0]), torch.zeros(1, dtype=torch.int64)
-            return cls(kind, n, size, len(p), width, none, none, 0, 0, expected)
+            return cls(kind, n, size, len(p), width, none, none, 0, 0, expected, events)
         bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(units)])
         shift, guide, halvings = _guide(bounds)
-        return cls(
-            kind, n, size, len(p), 0, torch.from_numpy(bounds), torch.from_numpy(guide), shift, halvings, expected
-        )
+        places = torch.from_numpy(bounds), torch.from_numpy(guide)
+        return cls(kind, n, size, len(p), 0, *places, shift, halvings, expected, events)
 
     @property
     def per_cell(self) -> int:
@@ -197,11 +195,12 @@ def _on_cpu(cells: Cells, batch: int, seeds: Tensor, step: int, stream: int) -> 
     counts = np.zeros(batch + 1, np.int64)
     found: list[tuple[NDArray[Any], NDArray[Any]]] = [(np.empty(0), np.empty(0))] * n_parts
     search = (cells.width, cells.bounds.numpy(), cells.guide.numpy(), cells.shift, cells.halvings, cells.n_cells)
-    events = cells.expected / cells.per_cell
-    chunk = min(128, max(8, 4 * math.ceil(events / 16)))
+    active = cells.expected / cells.per_cell
+    # The last chunk of a row is in vain by half; the events of a long one are drawn in SIMD.
+    chunk = min(128, max(8, 4 * math.ceil(cells.events / 16)))
 
     def sample(i: int) -> None:
-        mean = events * (cuts[i + 1] - cuts[i])
+        mean = active * (cuts[i + 1] - cuts[i])
         room = int(mean + _SPARE * math.sqrt(mean) + chunk) * cells.per_cell
         scratch = np.empty(room, np.int32 if cells.n < _INT32_END else np.int64), np.empty(room, np.float32)
         found[i] = twin.sample_rows(

@@ -9,7 +9,7 @@ from numba import njit
 from moesaic.kernels._extras import LIBRARY
 from moesaic.kernels.toy_cpu import LOW, SHIFT, philox, unit
 
-INDEPENDENT, CORRELATED, ANTICORRELATED, CLUSTERED, EXACTLY_K = range(5)
+CORRELATED, ANTICORRELATED, CLUSTERED = 1, 2, 3
 
 # Bits of 1.0, of 2⁵², and of √½ below 1.0's.
 _ONE, _MAGIC = np.uint64(0x3FF0000000000000), np.uint64(0x4330000000000000)

@@ -73,10 +73,10 @@ def _events_kernel(
     t = tl.full([], 0, tl.int64)
     if KIND == _CLUSTERED:
         nothing = row.to(tl.uint32) * 0
-        w0, w1, _, _ = tl.philox(
+        drawn = tl.philox(
             seed, row.to(tl.uint32), nothing, nothing + step.to(tl.uint32), nothing + (stream + 1).to(tl.uint32)
         )
-        first = _scaled(w0, w1, n_cells // size) * size
+        first = _scaled(drawn[0], drawn[1], n_cells // size) * size
         t = first * width if UNIFORM else tl.load(Bounds + first)
         end = (first + size) * width if UNIFORM else tl.load(Bounds + first + size)
     else:
