@@ -1,7 +1,8 @@
 """Sampling of sparse feature vectors from named distributions, the same samples on every device.
 
-A present feature's value is U(0, 1); one random word serves both decisions where presence is a feature's own
-(present iff u < p, value u/p). Features use ``stream``; structure (clusters, groups, subsets) uses ``stream + 1``.
+A present feature's value is U(0, 1); in dense samples one random word serves both decisions where presence is a
+feature's own (present iff u < p, value u/p). Features use ``stream``; structure (clusters, groups, subsets) uses
+``stream + 1``. `sparse_features` draws the sparse ones.
 """
 
 from __future__ import annotations

@@ -86,11 +86,14 @@ COUNTERS = [(7, 0, 0), (2**63 - 1, 2**32 - 1, 2**32 - 2)]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _gaps_kernel(Words: Tensor, Out: Tensor, N: tl.constexpr) -> None:
+def _gaps_kernel(Words: Tensor, Out: Tensor, count: Tensor, N: tl.constexpr) -> None:
     i = tl.arange(0, N)
-    word0, word1 = tl.load(Words + i), tl.load(Words + N + i)
-    gap = sparse_features_triton._gap(word0.to(tl.uint32), word1.to(tl.uint32))
-    tl.store(Out + i, gap)
+    word0, word1 = tl.load(Words + i).to(tl.uint32), tl.load(Words + N + i).to(tl.uint32)
+    tl.store(Out + i, sparse_features_triton._gap(word0, word1))
+    tl.store(Out + N + i, sparse_features_triton._scaled(word0, word1, count.to(tl.int64)))
+
+
+COUNT = 2**31 - 1
 
 
 def words() -> Tensor:
@@ -105,14 +108,16 @@ def words() -> Tensor:
 def twin_gaps(drawn: Tensor) -> Array:
     from numba import njit
 
-    gap = numba_twin("sparse_features_cpu").gap
+    twin = numba_twin("sparse_features_cpu")
+    gap, scaled = twin.gap, twin.scaled
 
     @njit(error_model="numpy")
     def fill(first: Array, second: Array, out: Array) -> None:
-        for i in range(out.shape[0]):
-            out[i] = gap(first[i], second[i])
+        for i in range(out.shape[1]):
+            out[0, i] = gap(first[i], second[i])
+            out[1, i] = scaled(first[i], second[i], COUNT)
 
-    out = np.empty(drawn.shape[1], np.int64)
+    out = np.empty(drawn.shape, np.int64)
     first, second = drawn.numpy().view(np.uint64)
     fill(first, second, out)
     return out
@@ -120,8 +125,8 @@ def twin_gaps(drawn: Tensor) -> Array:
 
 def gaps(device: str = "cpu") -> list[str]:
     """Low bits of gaps hardly ever show in the features, so they are compared themselves."""
-    drawn, ours = words(), torch.empty(2**16, dtype=torch.int64, device=device)
-    _gaps_kernel[(1,)](drawn.to(device), ours, N=2**16, enable_fp_fusion=False)
+    drawn, ours = words(), torch.empty(2, 2**16, dtype=torch.int64, device=device)
+    _gaps_kernel[(1,)](drawn.to(device), ours, COUNT, N=2**16, enable_fp_fusion=False)
     return [] if np.array_equal(ours.cpu().numpy(), twin_gaps(drawn)) else ["gaps"]
 
 
@@ -174,16 +179,18 @@ def test_cuda_equals_the_cpu() -> None:
     assert differences("cuda") == []
 
 
-def test_gaps_are_the_logarithm() -> None:
+def test_gaps_are_the_logarithm_and_indices_in_proportion() -> None:
     drawn = words()
     k = (drawn[0] << 20 | drawn[1] >> 12) * 2 + 1
     # Near 1 from the distance to it, which log(u) would have lost.
     exact = np.array([53 * math.log(2) - math.log(i) if i < 2**52 else -math.log1p(i / 2**53 - 1) for i in k.tolist()])
     # ⌊ ⌋ takes up to a unit of 2⁻⁴⁴; the reference's own rounding is below 2⁻⁴⁷.
-    error = exact * 2.0**44 - twin_gaps(drawn)
+    gap, index = twin_gaps(drawn)
+    error = exact * 2.0**44 - gap
     assert error.min() > -0.2
     assert error.max() < 1.2
-    assert int(twin_gaps(drawn).max()) < 37 * 2**44
+    assert int(gap.max()) < 37 * 2**44
+    assert index.tolist() == [((high << 32 | low) * COUNT) >> 64 for high, low in drawn.T.tolist()]
 
 
 def test_cell_widths_are_the_logarithm() -> None:
