@@ -19,7 +19,7 @@ _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", re.MULTILINE)
 
 def compile_ahead(
     kernel: Any, signature: dict[str, str], constants: dict[str, Any], warps: int, arch: int, *, stages: int = 1,
-    aligned: Sequence[str] = (),
+    aligned: Sequence[str] = (), fp_fusion: bool = True,
 ) -> Any:  # fmt: skip
     """Compile for sm_``arch`` what a launch on aligned tensors would; it needs no GPU.
 
@@ -31,6 +31,7 @@ def compile_ahead(
         arch: compute capability.
         stages: of software pipelines.
         aligned: integers that are multiples of 16, which a launch would find out.
+        fp_fusion: whether products and sums may become one rounding.
     """
     known = {
         (i,): [["tt.divisibility", 16]]
@@ -38,7 +39,7 @@ def compile_ahead(
         if kind.startswith("*") or name in aligned
     }
     source = ASTSource(kernel, signature, constants, known)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fp_fusion}
     return triton.compile(source, target=GPUTarget("cuda", arch, _WARP), options=options)
 
 

@@ -1,19 +1,24 @@
 """Sampling of sparse feature vectors from named distributions, the same samples on every device.
 
-A present feature's value is U(0, 1); one random word serves both decisions where presence is a feature's own
-(present iff u < p, value u/p). Features use ``stream``; structure (clusters, groups, subsets) uses ``stream + 1``.
+A present feature's value is U(0, 1); in dense samples one random word serves both decisions where presence is a
+feature's own (present iff u < p, value u/p). Features use ``stream``; structure (clusters, groups, subsets) uses
+``stream + 1``. `sparse_features` draws the sparse ones.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from moesaic.kernels._extras import numba_twin
 from moesaic.kernels.philox import philox_uniform
+
+if TYPE_CHECKING:
+    from moesaic.kernels.sparse_features import Cells
 
 INDEPENDENT, CORRELATED, ANTICORRELATED, CLUSTERED, EXACTLY_K = range(5)
 
@@ -51,9 +56,36 @@ class FeatureTable:
         """Return kind, probability and size as NumPy arrays."""
         return self.kind.cpu().numpy(), self.probability.cpu().numpy(), self.size.cpu().numpy()
 
+    @cached_property
+    def cells(self) -> Cells:
+        """What sparse sampling knows of a table of one model."""
+        from moesaic.kernels.sparse_features import Cells  # which needs this class
 
-def sample_features(table: FeatureTable, batch_size: int, *, seeds: Tensor, step: int = 0, stream: int = 0) -> Tensor:
-    """Draw x (S, B, n) float32: model s's batch is a pure function of (seeds[s], step, stream).
+        return Cells.of(self)
+
+
+def sample_features(
+    table: FeatureTable,
+    batch_size: int,
+    *,
+    seeds: Tensor,
+    step: int = 0,
+    stream: int = 0,
+    layout: torch.layout = torch.strided,
+) -> Tensor:
+    """Draw features x ≥ 0 as ``table`` says: model s's batch is a pure function of (seeds[s], step, stream).
+
+    Dense, x is (S, B, n) float32. With ``layout=torch.sparse_csr`` it is the (B, n) CSR tensor of a single model
+    (S = 1), drawn in time proportional to its entries and with the same bits on every device, but with other numbers
+    than the dense one: feature i is present iff one of the points
+
+        T_j = Σ_{l ≤ j} −log u_l    lies in    [Λ_i, Λ_i + λ_i),   λ_i = −log(1 − p_i),   Λ_i = Σ_{j < i} λ_j
+
+    of a Poisson process. λ is rounded to a multiple of 2⁻⁴⁴ and p departs from the table's by as much at most (p = 1
+    is present but for once in e⁴⁰ samples); given that, samples are exact up to the uniform numbers' 52 bits. Values
+    are float32, column ids rise within a row and are int32 while n and the number of entries are below 2³¹, else
+    int64. A row does not depend on B. Exactly-k data are Floyd's subsets; on a GPU, those of more than 1,024 features
+    are drawn by the CPU and copied.
 
     Args:
         table: the distributions.
@@ -61,14 +93,28 @@ def sample_features(table: FeatureTable, batch_size: int, *, seeds: Tensor, step
         seeds: (S,) int64 keys; its device is the result's.
         step: training step, below 2³².
         stream: an even number below 2³² − 1: 0 for training samples, 2 for held-out samples.
+        layout: ``torch.strided`` or ``torch.sparse_csr``.
 
     Raises:
-        ValueError: for shapes that do not match.
+        ValueError: for shapes that do not match; for a layout, or in the sparse one a batch size, step, stream or
+            sum of probabilities, out of range; for sparse features of other than one model.
+
+    Warns:
+        UserWarning: once per table, sparse features of which more than a tenth is present: dense ones are cheaper.
+
+    Source: exponential gaps, Devroye, "Non-Uniform Random Variate Generation" (1986), chapters VI.1 and X; subsets,
+    Floyd in Bentley, "Programming Pearls: a sample of brilliance" (CACM 30, 1987).
     """
     if seeds.shape != table.kind.shape:
         raise ValueError(
             f"seeds: takes shape {tuple(table.kind.shape)}, one per model of the table, got {tuple(seeds.shape)}"
         )
+    if layout == torch.sparse_csr:
+        from moesaic.kernels.sparse_features import sample_csr
+
+        return sample_csr(table, batch_size, seeds=seeds, step=step, stream=stream)
+    if layout != torch.strided:
+        raise ValueError(f"layout={layout}: takes torch.strided or torch.sparse_csr")
     if seeds.device.type == "cpu":
         out = torch.empty(seeds.shape[0], batch_size, table.probability.shape[1], dtype=torch.float32)
         kind, probability, size = table.numpy()
