@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ NEGATIVES_STREAM = 4
 def scratch_bytes(shape: FeatureShape, batch_size: int, n_entries: int, *, parts: int = 16, panel: int = 16) -> int:
     """Return a bound of the memory that an exact step on a CPU takes beyond state and batch, in bytes.
 
-    O(B·(m + 16) + nnz), with A = B·k places: parts·4·(A·(m' + panel) + [m_0]·B·(m_0' + panel)) for sums that are joined,
-    with m' = m to a multiple of 16, about 4·parts·(B + 2 A)·panel for the panels, and 64 bytes per entry.
+    O(B·(m + 16) + nnz), with A = B·k places: 4·parts·(A·(m' + panel) + [m_0]·B·(m_0' + panel)) for sums to be joined,
+    m' = m to a multiple of 16, about 4·parts·(B + 2 A)·panel for the panels, and 64 bytes per entry.
     """
     wide, wide0 = (-(-width // panel) * panel for width in (shape.n_hidden, shape.shared_hidden))
     places, shared = batch_size * shape.top_k, batch_size * int(shape.shared_hidden > 0)
@@ -66,11 +67,8 @@ def feature_step(state: FeatureState, x: Tensor, training: FeatureTraining) -> S
         weight_decay=training.weight_decay,
     )  # fmt: skip
     columns = Columns.of(x)
-    options = {
-        "precision": training.precision,
-        "stripe": training.stripe,
-        "key": rounding_key(training.seed, state.step),
-    }
+    key = rounding_key(training.seed, state.step)
+    options: Any = {"precision": training.precision, "stripe": training.stripe, "key": key}
     common = (
         shape, state.table, state.exp_avg, state.exp_avg_sq, h, shared_h, route.assignment, columns,
         training.importance, training.scale,

@@ -100,32 +100,17 @@ def sampled_step(
     h = gather_rows(starts, batch.rows, batch.values, views["weight"], ids).reshape(-1, shape.n_hidden)
     order = torch.empty_like(assigned.samples)
     order[places.reshape(-1)] = torch.arange(order.shape[0], device=x.device)
-    decoders = [
-        _Decoder.of(
-            h[order],
-            views.get("decoder", views["weight"]),
-            views["bias"],
-            assigned.gates,
-            assigned.offsets,
-            assigned.samples,
-            ids,
-            places,
-        )  # fmt: skip
-    ]
+    decode = views.get("decoder", views["weight"])
+    gates, offsets, samples = assigned.gates, assigned.offsets, assigned.samples
+    decoders = [_Decoder.of(h[order], decode, views["bias"], gates, offsets, samples, ids, places)]
     if shape.shared_hidden:
         line = torch.arange(batch_size, device=x.device)
         encoder = shared["shared_weight"].unsqueeze(0)
+        decode = shared["shared_decoder"].unsqueeze(0) if "shared_decoder" in shared else encoder
+        h = gather_rows(starts, batch.rows, batch.values, encoder, None)[:, 0]
+        ones, ends, first = torch.ones_like(h[:, 0]), torch.tensor([0, batch_size]).to(line), torch.zeros_like(line)
         decoders.append(
-            _Decoder.of(
-                gather_rows(starts, batch.rows, batch.values, encoder, None)[:, 0],
-                shared["shared_decoder"].unsqueeze(0) if "shared_decoder" in shared else encoder,
-                shared["shared_bias"].T,
-                torch.ones(batch_size, device=x.device),
-                torch.tensor([0, batch_size], device=x.device),
-                line,
-                torch.zeros_like(line)[:, None],
-                line[:, None],
-            )  # fmt: skip
+            _Decoder.of(h, decode, shared["shared_bias"].T, ones, ends, line, first[:, None], line[:, None])
         )
 
     grad = torch.zeros_like(rows)

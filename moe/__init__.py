@@ -8,6 +8,10 @@ from moesaic.moe.data import feature_probabilities as feature_probabilities
 from moesaic.moe.data import held_out as held_out
 from moesaic.moe.data import importance as importance
 from moesaic.moe.hf import register_with_transformers as register_with_transformers
+from moesaic.moe.large import LargeResult as LargeResult
+from moesaic.moe.large import train_large as train_large
+from moesaic.moe.large_evaluation import LargeEvaluation as LargeEvaluation
+from moesaic.moe.large_evaluation import evaluate_large as evaluate_large
 from moesaic.moe.layer import LayerRouting as LayerRouting
 from moesaic.moe.layer import MoE as MoE
 from moesaic.moe.parallel_training import clip_gradients as clip_gradients

@@ -19,6 +19,10 @@ FEATURES = ("independent", "power_law", "correlated", "anticorrelated", "cluster
 IMPORTANCES = ("uniform", "geometric", "permuted", "log", "last")
 SCHEDULES = ("constant", "cosine", "linear")
 REDUCTIONS = ("mean", "sum")
+DECODES = ("exact", "sampled")
+PRECISIONS = ("ieee", "tf32x3", "bf16")
+MOMENTS = ("fp32", "bf16")
+_LATER = ("decode", "n_negatives", "precision", "moments")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -178,6 +182,9 @@ class TrainConfig:
     and
     ``linear``; the last two fall to zero.
 
+    The last fields belong to `train_large`: ``decode`` ``exact``, or ``sampled`` with ``n_negatives`` features besides
+    the present ones; ``precision`` of products, ``ieee``, ``tf32x3`` or ``bf16``; ``moments``, ``fp32`` or ``bf16``.
+
     Raises:
         ValueError: naming the field, its value and what it takes.
     """
@@ -193,6 +200,10 @@ class TrainConfig:
     eps: float = 1e-8
     reduction: str = "mean"
     load_balance: float = 0.0
+    decode: str = "exact"
+    n_negatives: int = 0
+    precision: str = "ieee"
+    moments: str = "fp32"
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -209,6 +220,15 @@ class TrainConfig:
             raise ValueError(f"eps={self.eps!r}: takes a finite number > 0")
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("reduction", self.reduction, REDUCTIONS)
+        _one_of("decode", self.decode, DECODES)
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("moments", self.moments, MOMENTS)
+        if self.decode == "sampled":
+            _at_least("n_negatives", self.n_negatives, 1)
+            if self.moments != "fp32":
+                raise ValueError(f"moments={self.moments!r}: takes fp32 when decode='sampled'")
+        elif self.n_negatives:
+            raise ValueError(f"n_negatives={self.n_negatives}: takes 0 when decode='exact' (it would be ignored)")
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of step t (0-based)."""
@@ -280,8 +300,13 @@ class Run:
 
     @cached_property
     def key(self) -> str:
-        """SHA-256 of the canonical configuration: the row's ``run_key``."""
-        text = json.dumps(self.flat(), sort_keys=True, separators=(",", ":"))
+        """SHA-256 of the canonical configuration: the row's ``run_key``.
+
+        Fields that came later are left out where they have their default, so that keys of older rows stay.
+        """
+        later = {name: getattr(TrainConfig, name) for name in _LATER}
+        values = {name: value for name, value in self.flat().items() if name not in later or value != later[name]}
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ _STD: dict[str, Callable[[int, int, int], tuple[float, float, float]]] = {
     "large_n": lambda n, m, e: (1 / math.sqrt(m), 0.0, 1 / math.sqrt(m)),
     "small": lambda n, m, e: (0.03, 0.0, 0.03),
 }
+_BLOCK = 65_536
 _SECTIONS = ("weight", "bias", "router", "shared_weight", "shared_bias", "permutation")
 
 
@@ -45,6 +46,32 @@ def initial_router(config: ToyConfig, seed: int, n_clusters: int = 0) -> Tensor:
     if config.router_init == "diagonal":
         return torch.eye(e, n)
     return _normal(seed, "router", _STD[config.parametrization](n, config.n_hidden, e)[2], (e, n))
+
+
+def fill_initial(views: Mapping[str, Tensor], config: ToyConfig, seed: int, n_clusters: int = 0) -> None:
+    """Write the values that `initial_parameters` returns into tensors of one model, a block of features at a time.
+
+    ``views`` has some of its names, without the stack's axis; a router may be left out.
+    """
+    n, m, e, m0 = config.n_features, config.n_hidden, config.n_experts, config.shared_hidden
+    weight_std, bias_std, _ = _STD[config.parametrization](n, m, e)
+    shared_std, shared_bias_std, _ = _STD[config.parametrization](n, max(1, m0), e)
+    stds = {
+        "weight": weight_std, "bias": bias_std, "shared_weight": shared_std, "shared_bias": shared_bias_std,
+    }  # fmt: skip
+    for name, view in views.items():
+        if name in stds:
+            generator = _generator(seed, name)
+            for block in view if name in ("weight", "bias") else [view]:
+                for first in range(0, n, _BLOCK):
+                    part = block[first : first + _BLOCK]
+                    drawn = generator.standard_normal(tuple(part.shape))
+                    part.copy_(torch.from_numpy((stds[name] * drawn).astype(np.float32)))
+        elif name == "router":
+            view.copy_(initial_router(config, seed, n_clusters))
+    for copy, original in (("decoder", "weight"), ("shared_decoder", "shared_weight")):
+        if copy in views:
+            views[copy].copy_(views[original])
 
 
 def initial_parameters(

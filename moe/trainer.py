@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from moesaic.moe.toy import ToyModel, ensemble_shape
 
 IMPLS = ("auto", "numba", "triton", "torch")
 _CHUNK_S = 0.5
+_WHOLE: dict[str, Any] = {"decode": "exact", "n_negatives": 0, "precision": "ieee", "moments": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ def train_runs(
         raise ValueError(
             f"runs: take one shape, steps and batch size (Run.group), got {sorted({run.group for run in runs})}"
         )
+    if any(run.training != replace(run.training, **_WHOLE) for run in runs):
+        raise ValueError("decode, precision, moments: take their defaults here; train_large heeds them")
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: takes one of {', '.join(IMPLS)}")
     try:

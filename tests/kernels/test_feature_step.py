@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def started(shape: FeatureShape, decode: str = "exact", moments: torch.dtype = t
     return state
 
 
-def settings(shape: FeatureShape, gate: str = "paper", steps: int = 50, **changes: object) -> FeatureTraining:
+def settings(shape: FeatureShape, gate: str = "paper", steps: int = 50, **changes: Any) -> FeatureTraining:
     importance = 0.5 + torch.rand(shape.n_features, generator=torch.Generator().manual_seed(3))
     lr = torch.full((steps,), 3e-3, dtype=torch.float64)
     return dataclasses.replace(
@@ -155,7 +155,7 @@ def test_nothing_present_and_everything(density: float) -> None:
     assert max(found.values()) < 1e-5, found
 
 
-def sampled_training(shape: FeatureShape, gate: str, r: int, **changes: object) -> FeatureTraining:
+def sampled_training(shape: FeatureShape, gate: str, r: int, **changes: Any) -> FeatureTraining:
     return settings(shape, gate, decode="sampled", n_negatives=r, **changes)
 
 
