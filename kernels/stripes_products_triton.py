@@ -1,0 +1,196 @@
+"""The three products of a step in stripes over features, S at a time.
+
+    decode     z = H_e W_sᵀ + b,  and where a sample has one expert   G = 2 scale I w² ReLU(z)      (rows, S)
+    backward   dH_e += G W_s                                                                       (rows, depth)
+    outer      dW_s = G_eᵀ H_e, and AdamW with it                                                  (S, depth)
+
+Rows are padded with zeros to tiles of one expert, and hidden units to whole blocks: nothing in a loop is masked. Widths
+below 16 are 16 wide. One program per tile of outputs goes through its whole sum: no atomics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import triton
+import triton.language as tl
+
+from moesaic.kernels.grouped_matmul_triton import _dot, _split
+from moesaic.kernels.stripes_parts_triton import adamw, relu
+from moesaic.kernels.tiles import SHARED_BYTES, Tile
+
+PART_N = 32
+"""Columns that an epilogue takes at a time."""
+FEATURES = 128
+"""A stripe is a multiple of it."""
+_RESERVED_BYTES = 8_192
+
+
+@triton.jit
+def _tile(X, row, column, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+    """Return X[row : row + ROWS, column : column + COLUMNS]; TMA: X is a descriptor of such tiles."""
+    if TMA:
+        return X.load([row, column])
+    rows = (row + tl.arange(0, ROWS)).to(tl.int64)
+    return tl.load(X + rows[:, None] * stride + (column + tl.arange(0, COLUMNS))[None, :])
+
+
+@triton.jit
+def _store_slopes(z, Bias, Factor, Out, squares, rows, column, n_features, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr, PART_N: tl.constexpr):  # fmt: skip
+    """Write G = 2 scale I w² ReLU(z + b), PART_N columns at a time; return Σ 2 scale I ReLU(z + b)² of each row."""
+    if BLOCK_N <= PART_N:
+        columns = column + tl.arange(0, BLOCK_N)
+        y = relu(z + tl.load(Bias + columns)[None, :])
+        r = tl.load(Factor + columns)[None, :] * y
+        slope = r * squares[:, None]
+        tl.store(Out + rows[:, None] * n_features + columns[None, :], slope.to(Out.dtype.element_ty))
+        return tl.sum(r * y, 1)
+    else:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = _split(z)
+        sums = _store_slopes(left, Bias, Factor, Out, squares, rows, column, n_features, BLOCK_M, HALF, PART_N)
+        return sums + _store_slopes(right, Bias, Factor, Out, squares, rows, column + HALF, n_features, BLOCK_M, HALF,
+                                    PART_N)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_experts", "n_rows"])
+def _decode_kernel(H, W, Bias, Factor, Gates, Experts, Out, Sums, depth, n_features, n_rows, n_experts,
+                   FUSED: tl.constexpr, KEEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_K: tl.constexpr, PART_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Write z (n_rows, features), or if FUSED G for x = 0, and if KEEP add Σ r ReLU(z) to Sums (blocks, n_rows)."""
+    tile, block = tl.program_id(0), tl.program_id(1)
+    expert = tl.load(Experts + tile)
+    if expert < n_experts:
+        row, column = tile * BLOCK_M, block * BLOCK_N
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for k in range(0, depth, BLOCK_K):
+            h = _tile(H, row, k, depth, BLOCK_M, BLOCK_K, TMA)
+            w = _tile(W, column, expert * depth + k, n_experts * depth, BLOCK_N, BLOCK_K, TMA)
+            acc = _dot(h, w.T, acc, PRECISION)
+        rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
+        bias = Bias + expert * n_features
+        if FUSED:
+            gates = tl.load(Gates + rows)
+            sums = _store_slopes(acc, bias, Factor, Out, gates * gates, rows, column, n_features, BLOCK_M, BLOCK_N,
+                                 PART_N)  # fmt: skip
+            if KEEP:
+                at = Sums + block * n_rows.to(tl.int64) + rows
+                tl.store(at, tl.load(at) + gates * sums)
+        else:
+            columns = column + tl.arange(0, BLOCK_N)
+            acc += tl.load(bias + columns)[None, :]
+            tl.store(Out + rows[:, None] * n_features + columns[None, :], acc)
+
+
+@triton.jit
+def _add(acc, Out, rows, column, stride, BLOCK_N: tl.constexpr, PART_N: tl.constexpr):
+    """Add to Out, PART_N columns at a time."""
+    if BLOCK_N <= PART_N:
+        at = Out + rows[:, None] * stride + (column + tl.arange(0, BLOCK_N))[None, :]
+        tl.store(at, tl.load(at) + acc)
+    else:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = _split(acc)
+        _add(left, Out, rows, column, stride, HALF, PART_N)
+        _add(right, Out, rows, column + HALF, stride, HALF, PART_N)
+
+
+@triton.jit(do_not_specialize=["n_experts"])
+def _backward_kernel(G, W, Dh, Experts, depth, n_features, n_experts, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                     BLOCK_K: tl.constexpr, PART_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Add G W to Dh (rows, depth)."""
+    tile, column = tl.program_id(0), tl.program_id(1) * BLOCK_N
+    expert = tl.load(Experts + tile)
+    if expert < n_experts:
+        row = tile * BLOCK_M
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for feature in range(0, n_features, BLOCK_K):
+            g = _tile(G, row, feature, n_features, BLOCK_M, BLOCK_K, TMA)
+            w = _tile(W, feature, expert * depth + column, n_experts * depth, BLOCK_K, BLOCK_N, TMA)
+            acc = _dot(g, w, acc, PRECISION)
+        _add(acc, Dh, (row + tl.arange(0, BLOCK_M)).to(tl.int64), column, depth, BLOCK_N, PART_N)
+
+
+@triton.jit
+def _update(grad, Table, Avg, Sq, Encoder, rows, parts, column, first, width, stride, keep, fresh1, beta2, fresh2, eps,
+            step_size, root, key, HAS_ENCODER: tl.constexpr, NARROW: tl.constexpr, BLOCK_N: tl.constexpr,
+            PART_N: tl.constexpr):  # fmt: skip
+    """AdamW with a gradient (features, BLOCK_N), PART_N columns at a time.
+
+    HAS_ENCODER: the encoder's part is added, whose rows begin at ``parts`` of Encoder.
+    """
+    if BLOCK_N <= PART_N:
+        hidden = column + tl.arange(0, BLOCK_N)
+        inside = (rows >= 0)[:, None] & (hidden < width)[None, :]
+        if HAS_ENCODER:
+            grad += tl.load(Encoder + parts[:, None] + hidden[None, :], mask=inside, other=0.0)
+        at = rows[:, None] * stride + (first + hidden)[None, :]
+        adamw(Table, Avg, Sq, at, inside, grad, keep, fresh1, beta2, fresh2, eps, step_size, root, key, NARROW)
+    else:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = _split(grad)
+        _update(left, Table, Avg, Sq, Encoder, rows, parts, column, first, width, stride, keep, fresh1, beta2, fresh2,
+                eps, step_size, root, key, HAS_ENCODER, NARROW, HALF, PART_N)  # fmt: skip
+        _update(right, Table, Avg, Sq, Encoder, rows, parts, column + HALF, first, width, stride, keep, fresh1, beta2,
+                fresh2, eps, step_size, root, key, HAS_ENCODER, NARROW, HALF, PART_N)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first", "width", "key"])
+def _outer_kernel(G, H, Ends, Rows, Table, Avg, Sq, Encoder, stride, first, width, depth, n_features, keep, fresh1,
+                  beta2, fresh2, eps, step_size, root, key, HAS_ENCODER: tl.constexpr, NARROW: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART_N: tl.constexpr,
+                  TMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """AdamW with Gᵀ H of an expert's rows, for BLOCK_M features and BLOCK_N hidden units from column ``first`` on."""
+    feature, column, expert = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, tl.program_id(2)
+    start, end = tl.load(Ends + expert), tl.load(Ends + expert + 1)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for row in range(start, end, BLOCK_K):
+        g = _tile(G, row, feature, n_features, BLOCK_K, BLOCK_M, TMA)
+        h = _tile(H, row, column, depth, BLOCK_K, BLOCK_N, TMA)
+        acc = _dot(g.T, h, acc, PRECISION)
+    features = (feature + tl.arange(0, BLOCK_M)).to(tl.int64)
+    parts = features * (tl.num_programs(2) * depth) + expert * depth
+    _update(acc, Table, Avg, Sq, Encoder, tl.load(Rows + features), parts, column, first + expert * width, width, stride,
+            keep, fresh1, beta2, fresh2, eps, step_size, root, key, HAS_ENCODER, NARROW, BLOCK_N, PART_N)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Blocks of the products: decode (rows × features × hidden), backward (rows × hidden × features), outer (features
+    × hidden × rows); depth: hidden units in whole blocks.
+    """  # noqa: D205
+
+    decode: Tile
+    backward: Tile
+    outer: Tile
+    depth: int
+
+
+def tiles(precision: str, per_expert: float, width: int, stripe: int, room: int = SHARED_BYTES[90]) -> Tiles:
+    """Return the blocks for rows per expert, hidden units, features of a stripe and bytes of shared memory."""
+    narrow = precision == "bf16"
+    rows = next((block for block, below in ((16, 24), (32, 48), (64, 192)) if per_expert < below), 128)
+    least = 64 if narrow else 32
+    if width <= least:
+        depth = block_n = max(16, triton.next_power_of_2(width))
+    else:
+        fits = (wide for wide in (256, 128, 64) if -(-width // wide) * wide <= 1.125 * width)
+        block_n = next(fits, least)
+        depth = -(-width // block_n) * block_n
+    block_k = min(depth, least)
+    if not narrow:
+        rows, block_n = min(rows, 64), min(block_n, 64)
+        small = 32
+        plain = Tile(rows, 64, block_k, 4, 2)
+        return Tiles(plain, replace(plain, block_n=block_n, block_k=small), Tile(64, block_n, min(rows, small), 4, 2), depth)
+    decode = Tile(rows, 256 if stripe % 256 == 0 else 128, block_k, 8, 4)
+    backward = Tile(rows, block_n, 64, 8, 4)
+    outer = Tile(FEATURES, block_n, min(rows, 64), 8, 4)
+    return Tiles(*(_filled(tile, room - _RESERVED_BYTES) for tile in (decode, backward, outer)), depth)
+
+
+def _filled(tile: Tile, room: int) -> Tile:
+    """Return a bfloat16 tile with the stages that shared memory holds, and four warps where its outputs are few."""
+    stages = min(tile.stages, room // (2 * (tile.block_m + tile.block_n) * tile.block_k))
+    return replace(tile, stages=stages, warps=8 if tile.block_m * tile.block_n > 64 * 128 else 4)

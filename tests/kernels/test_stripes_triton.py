@@ -1,0 +1,283 @@
+"""The step in stripes over features, run by Triton's interpreter, against autograd on a dense batch in float64.
+
+Triton decides between compiler and interpreter on import, so this file is also a program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic.kernels import stripes_triton
+from moesaic.kernels.feature_state import AdamStep, Assignment, Columns, FeatureShape
+
+TOLERANCE = 2e-5
+"""Worst error of a change over the true change's RMS."""
+LR, DECAY, STEP, KEY = 0.05, 0.1, 7, 0x9ABCDEF0
+N = 200
+
+
+class Case:
+    """A model, a batch in which most features are absent, and encodings."""
+
+    def __init__(self, *, m: int = 5, e: int = 1, k: int = 1, m0: int = 0, tied: bool = True, routed: bool | None = None,
+                 batch: int = 7, density: float = 0.02, empty: int | None = None, n: int = N,
+                 moments: torch.dtype = torch.float32) -> None:  # fmt: skip
+        draw = torch.Generator().manual_seed(m + 10 * e + 100 * k + m0)
+        normal = lambda *sizes: torch.randn(*sizes, generator=draw)  # noqa: E731
+        self.shape = FeatureShape(n, m, e, k, m0, tied, e > 1 if routed is None else routed)
+        size = (n, self.shape.stride)
+        self.table, self.avg, self.sq = 0.5 * normal(*size), 0.02 * normal(*size), 1e-3 * normal(*size).abs() + 1e-5
+        self.avg, self.sq = self.avg.to(moments), self.sq.to(moments)
+        self.x = normal(batch, n).abs() * (torch.rand(batch, n, generator=draw) < density)
+        self.columns = Columns.of(self.x.to_sparse_csr())
+        self.importance = 0.5 + torch.rand(n, generator=draw)
+        scores = torch.rand(batch, e, generator=draw)
+        if empty is not None:
+            scores[:, empty] = -1
+        chosen = scores.topk(k, 1).indices
+        order = torch.argsort(chosen.flatten(), stable=True)
+        places = torch.empty_like(order)
+        places[order] = torch.arange(batch * k)
+        offsets = torch.tensor([0, *torch.bincount(chosen.flatten(), minlength=e).tolist()]).cumsum(0)
+        gates = 0.2 + torch.rand(batch * k, generator=draw)
+        self.assignment = Assignment(offsets, order // k, gates, places.reshape(batch, k))
+        self.h, self.h0 = normal(batch * k, m), normal(batch, m0) if m0 else None
+        self.dlogits = normal(batch, e) if self.shape.routed else None
+        self.extra = 0.1 * normal(batch * k, m)
+        self.scale = 1 / max(1, batch)
+
+    def run(self, *, precision: str = "ieee", stripe: int = 128, forget: str = "") -> dict[str, Tensor]:
+        """A whole step; ``extra`` is what the load-balance loss might add to dh."""
+        table, avg, sq = self.table.clone(), self.avg.clone(), self.sq.clone()
+        given = (self.shape, table, avg, sq, self.h, self.h0, self.assignment, self.columns, self.importance, self.scale)
+        adam = AdamStep.at(STEP, lr=LR, weight_decay=DECAY)
+        how: dict[str, Any] = {"precision": precision, "stripe": stripe, "key": KEY}
+        swept = stripes_triton.sweep(*given, adam, **how)
+        dh = swept.dh * 0 if forget == "dh" else swept.dh + self.extra
+        stripes_triton.finish(*given, adam, dh, swept.shared_dh, self.dlogits, **how)
+        found = {"loss": swept.loss, "dh": swept.dh, "dgates": swept.dgates, "table": table, "avg": avg, "sq": sq}
+        return found | ({} if swept.shared_dh is None else {"shared_dh": swept.shared_dh})
+
+    def truth(self) -> dict[str, Tensor]:
+        """The same by autograd and `torch.optim.AdamW`, all in float64."""
+        table, x = self.table.double().requires_grad_(), self.x.double()
+        part, a = self.shape.named(table), self.assignment
+        h, gates = self.h.double().requires_grad_(), a.gates.double().requires_grad_()
+        h0 = None if self.h0 is None else self.h0.double().requires_grad_()
+        out = torch.zeros_like(x)
+        decoder, shared_decoder = (part.get(name, part.get(other)) for name, other in
+                                   (("decoder", "weight"), ("shared_decoder", "shared_weight")))  # fmt: skip
+        assert decoder is not None
+        expert_of = torch.bucketize(torch.arange(h.shape[0]), a.offsets[1:], right=True)
+        for place, (sample, e) in enumerate(zip(a.samples.tolist(), expert_of.tolist(), strict=True)):
+            y = torch.relu(decoder[e] @ h[place] + part["bias"][e])
+            out = out.index_add(0, torch.tensor([sample]), (gates[place] * y)[None])
+        if h0 is not None:
+            assert shared_decoder is not None
+            out = out + torch.relu(h0 @ shared_decoder.T + part["shared_bias"])
+        loss = self.scale * (self.importance.double() * (out - x).square()).sum()
+        loss.backward()
+        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in (table, h, gates)]
+        found = {"loss": loss.detach(), "dh": grads[1], "dgates": grads[2]}
+        full = grads[0].clone()
+        views = self.shape.named(full)
+        for place, (sample, e) in enumerate(zip(a.samples.tolist(), expert_of.tolist(), strict=True)):
+            views["weight"][e] += torch.outer(x[sample], grads[1][place] + self.extra[place])
+        if h0 is not None:
+            assert h0.grad is not None
+            found["shared_dh"] = h0.grad
+            views["shared_weight"] += x.T @ h0.grad
+        if self.dlogits is not None:
+            views["router"] += (x.T @ self.dlogits.double()).T
+        leaf = self.table.double().requires_grad_()
+        adam = torch.optim.AdamW([leaf], lr=LR, weight_decay=DECAY)
+        adam.state[leaf] = {
+            "step": torch.tensor(float(STEP)), "exp_avg": self.avg.double(), "exp_avg_sq": self.sq.double()
+        }  # fmt: skip
+        leaf.grad = full
+        adam.step()
+        state = adam.state[leaf]
+        return found | {"table": leaf.detach(), "avg": state["exp_avg"], "sq": state["exp_avg_sq"]}
+
+    def wrong(self, **how: Any) -> list[str]:
+        """What differs; of table and moments their changes are compared, and padding must stay as it was."""
+        found, truth, wrong = self.run(**how), self.truth(), []
+        width = self.shape.n_columns
+        for name, true in truth.items():
+            got, before = found[name].double(), getattr(self, name, None) if name in ("table", "avg", "sq") else None
+            tolerance = TOLERANCE
+            if before is not None:
+                if not torch.equal(found[name][:, width:], before[:, width:]):
+                    wrong.append(f"{name}: padding")
+                if before.dtype == torch.bfloat16:
+                    bound = 2**-7 * true.abs() + 1e-12
+                    if not ((got - true).abs() <= bound)[:, :width].all():
+                        wrong.append(f"{name}: rounded too far")
+                    continue
+                got, true = (tensor[:, :width] - before[:, :width].double() for tensor in (got, true))
+                tolerance *= 5
+            if got.shape != true.shape:
+                wrong.append(f"{name}: {tuple(got.shape)} for {tuple(true.shape)}")
+                continue
+            if not true.numel():
+                continue
+            error = float((got - true).abs().max() / true.square().mean().sqrt().clamp(min=1e-30))
+            if not error <= tolerance:
+                wrong.append(f"{name}: {error:.1e}")
+        return wrong
+
+
+def poisoned() -> None:
+    true = torch.empty
+
+    def filled(*args: Any, **kwargs: Any) -> Tensor:
+        out = true(*args, **kwargs)
+        return out.fill_(torch.nan) if out.is_floating_point() else out.fill_(2**30)
+
+    torch.empty = filled  # type: ignore[assignment]
+
+
+def shapes(**cases: Callable[[], Case]) -> Callable[[], list[str]]:
+    def program() -> list[str]:
+        found = []
+        for name, make in cases.items():
+            case = make()
+            with pytest.MonkeyPatch.context():
+                found += [f"{name}: {text}" for text in case.wrong()]
+        return found
+
+    return program
+
+
+def dense() -> list[str]:
+    """Stripes that do not divide n, three precisions' code paths, descriptors, wide rows."""
+    case, wide = Case(), Case(m=70, batch=3)
+    poisoned()
+    return case.wrong() + case.wrong(precision="tf32x3") + case.wrong(stripe=256) + wide.wrong(precision="tf32x3")
+
+
+def experts() -> list[str]:
+    one, two = Case(e=4, empty=2), Case(m=3, e=4, k=2)
+    poisoned()
+    return one.wrong() + two.wrong()
+
+
+def shared() -> list[str]:
+    both, alone, untied = Case(e=4, m=1, m0=3), Case(m0=4), Case(e=3, k=2, m0=2, tied=False, empty=0)
+    poisoned()
+    return both.wrong() + alone.wrong() + untied.wrong()
+
+
+def untied() -> list[str]:
+    case = Case(e=3, tied=False)
+    poisoned()
+    return case.wrong()
+
+
+def nothing() -> list[str]:
+    """No entries, no samples, nothing but present features."""
+    found = []
+    for name, case in {
+        "no entries": Case(e=2, density=0.0, n=130), "no samples": Case(e=2, batch=0, n=130),
+        "no samples, shared": Case(e=3, k=2, m0=2, batch=0, n=130), "all present": Case(e=2, density=1.0, n=100, batch=3),
+    }.items():  # fmt: skip
+        found += [f"{name}: {text}" for text in case.wrong()]
+    return found
+
+
+def same_bits() -> list[str]:
+    case = Case(e=2, k=2, m0=2)
+    first, second = case.run(), case.run()
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def no_update() -> list[str]:
+    """Without ``adam`` the table stays, and loss and gradients are the same."""
+    case = Case(e=2)
+    table, avg, sq = case.table.clone(), case.avg.clone(), case.sq.clone()
+    swept = stripes_triton.sweep(
+        case.shape, table, avg, sq, case.h, None, case.assignment, case.columns, case.importance, case.scale, None,
+        stripe=128,
+    )  # fmt: skip
+    whole = case.run()
+    same = torch.equal(table, case.table) and torch.equal(avg, case.avg) and torch.equal(sq, case.sq)
+    ours = (("loss", swept.loss), ("dh", swept.dh), ("dgates", swept.dgates))
+    return ([] if same else ["the table"]) + [name for name, got in ours if not torch.equal(got, whole[name])]
+
+
+def fmix32(h: Any) -> Any:
+    h = h ^ (h >> np.uint32(16))
+    h = h * np.uint32(0x85EBCA6B)
+    h = h ^ (h >> np.uint32(13))
+    h = h * np.uint32(0xC2B2AE35)
+    return h ^ (h >> np.uint32(16))
+
+
+def narrow_moments() -> list[str]:
+    """bfloat16 moments: the update itself is exact, and where the gradient is 0 the rounding is the hash's, bit by bit."""
+    case = Case(e=2, empty=1, moments=torch.bfloat16)
+    wrong, found = case.wrong(), case.run()
+    absent = torch.ones(N, dtype=torch.bool)
+    absent[case.columns.features] = False
+    first, (_, m) = case.shape.sections["weight"]
+    columns = slice(first + m, first + 2 * m)
+    index = (torch.arange(N)[:, None] * case.shape.stride + torch.arange(case.shape.stride))[absent, columns].numpy()
+    low, high = index.astype(np.uint32), (index >> 32).astype(np.uint32)
+    hashed = fmix32(low ^ fmix32(high ^ np.uint32(KEY)))
+    one1, b2 = np.float32(1 - 0.9), np.float32(0.999)
+    avg, sq = (tensor[absent, columns].float().numpy() for tensor in (case.avg, case.sq))
+    for name, value, bits in (
+        ("avg", avg + one1 * (np.float32(0) - avg), fmix32(hashed)),
+        ("sq", b2 * sq, fmix32(hashed ^ np.uint32(0x9E3779B9))),
+    ):
+        ours = found[name][absent, columns].view(torch.int16).numpy().view(np.uint16)
+        near = ((value.view(np.uint32) + (bits & np.uint32(0xFFFF))) >> np.uint32(16)).astype(np.uint16)
+        if not np.array_equal(ours, near):
+            wrong.append(f"{name}: other bits")
+    return wrong
+
+
+def errors_are_seen() -> list[str]:
+    """An expert left out, dh forgotten, present features updated twice: each is red."""
+    case, missed = Case(e=2), []
+    if not {"table", "avg"} <= names(case.wrong(forget="dh")):
+        missed.append("dh forgotten in finish")
+    absent = stripes_triton._Step.absent
+    stripes_triton._Step.absent = lambda self: self._stripes(torch.arange(self.shape.n_features))  # type: ignore[method-assign]
+    if not {"loss", "table", "sq"} <= names(case.wrong()):
+        missed.append("presence ignored")
+    stripes_triton._Step.absent = absent  # type: ignore[method-assign]
+    first = case.assignment.offsets[1]
+    whole = Case.run
+
+    def without(self: Case, **how: Any) -> dict[str, Tensor]:
+        kept, self.assignment.gates[first:] = self.assignment.gates.clone(), 0.0
+        found = whole(self, **how)
+        self.assignment.gates[:] = kept
+        return found
+
+    Case.run = without  # type: ignore[method-assign]
+    if not {"loss", "dh", "dgates", "table", "avg", "sq"} <= names(case.wrong()):
+        missed.append("an expert left out")
+    return missed
+
+
+def names(wrong: list[str]) -> set[str]:
+    return {text.split(":")[0] for text in wrong}
+
+
+PROGRAMS: dict[str, Callable[[], list[str]]] = {
+    part.__name__: part
+    for part in (dense, experts, shared, untied, nothing, same_bits, no_update, narrow_moments, errors_are_seen)
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_interpreted(name: str, interpret: Callable[[str], None]) -> None:
+    interpret(name)
