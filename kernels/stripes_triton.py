@@ -265,7 +265,8 @@ class _Step:
 
     def _stripes(self, rows: Tensor) -> Iterator[Tensor]:
         size = -(-rows.shape[0] // self.stripe) * self.stripe
-        yield from torch.nn.functional.pad(rows, (0, size - rows.shape[0]), value=-1).split(self.stripe)
+        padded = torch.nn.functional.pad(rows, (0, size - rows.shape[0]), value=-1)
+        yield from padded.reshape(-1, self.stripe)
 
     def absent(self) -> Iterator[Tensor]:
         """Yield the rows of absent features, a stripe at a time."""

@@ -5,6 +5,7 @@ Triton decides between compiler and interpreter on import, so this file is also 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,14 @@ from moesaic.kernels import stripes_triton
 from moesaic.kernels.feature_state import AdamStep, Assignment, Columns, FeatureShape
 
 TOLERANCE = 2e-5
-"""Worst error of a change over the true change's RMS."""
+"""Worst error, of a change for table and moments, over the true value's RMS; five times that for changes, of which
+float32 keeps fewer digits."""
 LR, DECAY, STEP, KEY = 0.05, 0.1, 7, 0x9ABCDEF0
-N = 200
+N = 140
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    # The first optimizer imports for two seconds: once here, not in each program's fork.
+    torch.optim.AdamW([torch.zeros(1)])
 
 
 class Case:
@@ -82,7 +88,8 @@ class Case:
             assert shared_decoder is not None
             out = out + torch.relu(h0 @ shared_decoder.T + part["shared_bias"])
         loss = self.scale * (self.importance.double() * (out - x).square()).sum()
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
         grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in (table, h, gates)]
         found = {"loss": loss.detach(), "dh": grads[1], "dgates": grads[2]}
         full = grads[0].clone()
@@ -90,9 +97,8 @@ class Case:
         for place, (sample, e) in enumerate(zip(a.samples.tolist(), expert_of.tolist(), strict=True)):
             views["weight"][e] += torch.outer(x[sample], grads[1][place] + self.extra[place])
         if h0 is not None:
-            assert h0.grad is not None
-            found["shared_dh"] = h0.grad
-            views["shared_weight"] += x.T @ h0.grad
+            found["shared_dh"] = torch.zeros_like(h0) if h0.grad is None else h0.grad
+            views["shared_weight"] += x.T @ found["shared_dh"]
         if self.dlogits is not None:
             views["router"] += (x.T @ self.dlogits.double()).T
         leaf = self.table.double().requires_grad_()
@@ -111,7 +117,7 @@ class Case:
         width = self.shape.n_columns
         for name, true in truth.items():
             got, before = found[name].double(), getattr(self, name, None) if name in ("table", "avg", "sq") else None
-            tolerance = TOLERANCE
+            tolerance, rounding = TOLERANCE, 0.0
             if before is not None:
                 if not torch.equal(found[name][:, width:], before[:, width:]):
                     wrong.append(f"{name}: padding")
@@ -121,15 +127,15 @@ class Case:
                         wrong.append(f"{name}: rounded too far")
                     continue
                 got, true = (tensor[:, :width] - before[:, :width].double() for tensor in (got, true))
-                tolerance *= 5
+                rounding, tolerance = 2**-23 * float(before.abs().max()), 5 * tolerance
             if got.shape != true.shape:
                 wrong.append(f"{name}: {tuple(got.shape)} for {tuple(true.shape)}")
                 continue
             if not true.numel():
                 continue
-            error = float((got - true).abs().max() / true.square().mean().sqrt().clamp(min=1e-30))
-            if not error <= tolerance:
-                wrong.append(f"{name}: {error:.1e}")
+            error, size = float((got - true).abs().max()), float(true.square().mean().sqrt())
+            if not error <= tolerance * size + rounding:
+                wrong.append(f"{name}: {error:.1e} of {size:.1e}")
         return wrong
 
 
@@ -143,20 +149,8 @@ def poisoned() -> None:
     torch.empty = filled  # type: ignore[assignment]
 
 
-def shapes(**cases: Callable[[], Case]) -> Callable[[], list[str]]:
-    def program() -> list[str]:
-        found = []
-        for name, make in cases.items():
-            case = make()
-            with pytest.MonkeyPatch.context():
-                found += [f"{name}: {text}" for text in case.wrong()]
-        return found
-
-    return program
-
-
 def dense() -> list[str]:
-    """Stripes that do not divide n, three precisions' code paths, descriptors, wide rows."""
+    """A stripe that does not divide n and one that is wider; descriptors; several blocks of hidden units."""
     case, wide = Case(), Case(m=70, batch=3)
     poisoned()
     return case.wrong() + case.wrong(precision="tf32x3") + case.wrong(stripe=256) + wide.wrong(precision="tf32x3")
