@@ -41,48 +41,25 @@ def _narrowed(value, hash):
     return (bits >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
 
 
-@triton.jit
-def adamw(Table, Avg, Sq, at, inside, grad, keep, fresh1, beta2, fresh2, eps, step_size, root, key, NARROW: tl.constexpr):
-    """One step of AdamW (`AdamStep`) for the elements ``at`` (int64) of table and moments.
-
-    fresh1, fresh2: 1 − β₁, 1 − β₂; NARROW: moments are bfloat16, given as int16, rounded stochastically by ``key``.
-    """
-    theta = tl.load(Table + at, mask=inside, other=0.0)
-    avg, sq = tl.load(Avg + at, mask=inside, other=0), tl.load(Sq + at, mask=inside, other=0)
-    if NARROW:
-        avg, sq = _widened(avg), _widened(sq)
-    avg += fresh1 * (grad - avg)
-    sq = beta2 * sq + fresh2 * grad * grad
-    theta = theta * keep - step_size * avg / (tl.sqrt_rn(sq) * root + eps)
-    tl.store(Table + at, theta, mask=inside)
-    if NARROW:
-        hash = (at >> 32).to(tl.uint32) ^ key.to(tl.uint32, bitcast=True)
-        hash = fmix32(at.to(tl.uint32) ^ fmix32(hash))
-        tl.store(Avg + at, _narrowed(avg, fmix32(hash)), mask=inside)
-        tl.store(Sq + at, _narrowed(sq, fmix32(hash ^ 0x9E3779B9)), mask=inside)
-    else:
-        tl.store(Avg + at, avg, mask=inside)
-        tl.store(Sq + at, sq, mask=inside)
-
-
-@triton.jit(do_not_specialize=["n_experts", "width", "first", "first_bias"])
-def _stage_kernel(Table, Rows, Importance, W, Bias, Factor, stride, first, first_bias, width, depth, n_experts,
+@triton.jit(do_not_specialize=["n_experts", "first_bias"])
+def _stage_kernel(Table, Rows, Importance, W, Bias, Factor, eighths, first, first_bias, width, depth, n_experts,
                   n_features, twice, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Copy the decoders of a stripe to W (features, E·depth), zeros behind each; biases (E, features); 2 scale I."""
     features = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     rows = tl.load(Rows + features)
     known = rows >= 0
+    rows *= eighths * 8
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     expert, hidden = columns // depth, columns % depth
-    source = Table + rows[:, None] * stride + (first + expert * width + hidden)[None, :]
+    source = Table + rows[:, None] + (first + expert * width + hidden)[None, :]
     inside = columns < n_experts * depth
     value = tl.load(source, mask=known[:, None] & (inside & (hidden < width))[None, :], other=0.0)
     to = W + features.to(tl.int64)[:, None] * (n_experts * depth) + columns[None, :]
     tl.store(to, value.to(W.dtype.element_ty), mask=inside[None, :])
     if tl.program_id(1) == 0:
-        tl.store(Factor + features, twice * tl.load(Importance + rows, mask=known, other=0.0))
+        tl.store(Factor + features, twice * tl.load(Importance + tl.load(Rows + features), mask=known, other=0.0))
         for e in range(n_experts):
-            bias = tl.load(Table + rows * stride + first_bias + e, mask=known, other=0.0)
+            bias = tl.load(Table + rows + first_bias + e, mask=known, other=0.0)
             tl.store(Bias + e * n_features + features, bias)
 
 
@@ -207,9 +184,9 @@ def _bias_sums_kernel(G, Ends, Out, n_features, stride_out, BLOCK_N: tl.constexp
 
 
 @triton.jit(do_not_specialize=["first", "width", "top_k"])
-def _encoder_kernel(Dh, Places, Experts, Starts, Samples, Values, Out, first, width, top_k, stride_dh, stride_out,
-                    depth, ONE: tl.constexpr, DIRECT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Add Σ_{b ∋ i} x_bi dh_b to Out[feature, expert · depth …], zeros before, one program for each feature and block.
+def _encoder_kernel(Dh, Places, Experts, Starts, Samples, Values, Grad, first, width, top_k, stride,
+                    ONE: tl.constexpr, DIRECT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Add Σ_{b ∋ i} x_bi dh_b to columns e · width … of a feature's row of Grad, one program for each block of them.
 
     ONE: there is but one expert; DIRECT: a row of dh for each sample and not for each place.
     """
@@ -217,35 +194,50 @@ def _encoder_kernel(Dh, Places, Experts, Starts, Samples, Values, Out, first, wi
     hidden = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = hidden < width
     end = tl.load(Starts + first + feature + 1)
+    to = Grad + feature * stride + hidden
     total = tl.zeros([BLOCK], tl.float32)
     for entry in range(tl.load(Starts + first + feature), end):
         sample, x = tl.load(Samples + entry), tl.load(Values + entry)
         for j in range(top_k):
             place = sample if DIRECT else tl.load(Places + sample * top_k + j)
-            part = x * tl.load(Dh + place * stride_dh + hidden, mask=inside, other=0.0)
+            part = x * tl.load(Dh + place * width + hidden, mask=inside, other=0.0)
             if ONE:
                 total += part
             else:
-                to = Out + feature * stride_out + tl.load(Experts + place).to(tl.int64) * depth + hidden
-                tl.store(to, tl.load(to, mask=inside, other=0.0) + part, mask=inside)
+                at = to + tl.load(Experts + place) * width
+                tl.store(at, tl.load(at, mask=inside, other=0.0) + part, mask=inside)
                 # The next entry may add to the same elements from other threads.
                 tl.debug_barrier()
     if ONE:
-        tl.store(Out + feature * stride_out + hidden, total, mask=inside)
+        tl.store(to, tl.load(to, mask=inside, other=0.0) + total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["first", "width", "key"])
-def _update_kernel(Table, Avg, Sq, Rows, Grad, stride, first, width, stride_grad, depth, keep, fresh1, beta2, fresh2,
-                   eps, step_size, root, key, HAS_GRAD: tl.constexpr, NARROW: tl.constexpr, BLOCK_F: tl.constexpr,
-                   BLOCK_N: tl.constexpr):  # fmt: skip
-    """AdamW for columns first + e · width … of a stripe's rows, with Grad[feature, e · depth …] or a gradient of 0."""
-    features, expert = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F).to(tl.int64), tl.program_id(2)
-    hidden = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.load(Rows + features)
-    inside = (rows >= 0)[:, None] & (hidden < width)[None, :]
-    grad = tl.zeros([BLOCK_F, BLOCK_N], tl.float32)
-    if HAS_GRAD:
-        from_ = Grad + features[:, None] * stride_grad + (expert * depth + hidden)[None, :]
-        grad = tl.load(from_, mask=inside, other=0.0)
-    at = rows[:, None] * stride + (first + expert * width + hidden)[None, :]
-    adamw(Table, Avg, Sq, at, inside, grad, keep, fresh1, beta2, fresh2, eps, step_size, root, key, NARROW)
+@triton.jit(do_not_specialize=["key"])
+def _update_kernel(Table, Avg, Sq, Rows, Grad, eighths, n_columns, keep, fresh1, beta2, fresh2, eps, step_size, root,
+                   key, NARROW: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """One step of AdamW (`AdamStep`) for a stripe's rows, each of 8 · ``eighths`` columns: so wide loads are aligned.
+
+    fresh1, fresh2: 1 − β₁, 1 − β₂; NARROW: moments are bfloat16, given as int16, rounded stochastically by ``key``.
+    """
+    features = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, stride = tl.load(Rows + features), eighths * 8
+    inside = (rows >= 0)[:, None] & (columns < n_columns)[None, :]
+    grad = tl.load(Grad + features[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+    at = rows[:, None] * stride + columns[None, :]
+    theta = tl.load(Table + at, mask=inside, other=0.0)
+    avg, sq = tl.load(Avg + at, mask=inside, other=0), tl.load(Sq + at, mask=inside, other=0)
+    if NARROW:
+        avg, sq = _widened(avg), _widened(sq)
+    avg += fresh1 * (grad - avg)
+    sq = beta2 * sq + fresh2 * grad * grad
+    theta = theta * keep - step_size * avg / (tl.sqrt_rn(sq) * root + eps)
+    tl.store(Table + at, theta, mask=inside)
+    if NARROW:
+        hash = (at >> 32).to(tl.uint32) ^ key.to(tl.uint32, bitcast=True)
+        hash = fmix32(at.to(tl.uint32) ^ fmix32(hash))
+        tl.store(Avg + at, _narrowed(avg, fmix32(hash)), mask=inside)
+        tl.store(Sq + at, _narrowed(sq, fmix32(hash ^ 0x9E3779B9)), mask=inside)
+    else:
+        tl.store(Avg + at, avg, mask=inside)
+        tl.store(Sq + at, sq, mask=inside)

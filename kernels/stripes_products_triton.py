@@ -2,7 +2,7 @@
 
     decode     z = H_e W_sᵀ + b,  and where a sample has one expert   G = 2 scale I w² ReLU(z)      (rows, S)
     backward   dH_e += G W_s                                                                       (rows, depth)
-    outer      dW_s = G_eᵀ H_e, and AdamW with it                                                  (S, depth)
+    outer      dW_s = G_eᵀ H_e                                                                     (S, m)
 
 Rows are padded with zeros to tiles of one expert, and hidden units to whole blocks: nothing in a loop is masked. Widths
 below 16 are 16 wide. One program per tile of outputs goes through its whole sum: no atomics.
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from moesaic.kernels.grouped_matmul_triton import _dot, _split
-from moesaic.kernels.stripes_parts_triton import adamw, relu
+from moesaic.kernels.stripes_parts_triton import relu
 from moesaic.kernels.tiles import SHARED_BYTES, Tile
 
 PART_N = 32
@@ -30,9 +30,11 @@ _RESERVED_BYTES = 8_192
 def _tile(X, row, column, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
     """Return X[row : row + ROWS, column : column + COLUMNS]; TMA: X is a descriptor of such tiles."""
     if TMA:
-        return X.load([row, column])
-    rows = (row + tl.arange(0, ROWS)).to(tl.int64)
-    return tl.load(X + rows[:, None] * stride + (column + tl.arange(0, COLUMNS))[None, :])
+        tile = X.load([row, column])
+    else:
+        rows = (row + tl.arange(0, ROWS)).to(tl.int64)
+        tile = tl.load(X + rows[:, None] * stride + (column + tl.arange(0, COLUMNS))[None, :])
+    return tile
 
 
 @triton.jit
@@ -54,10 +56,29 @@ def _store_slopes(z, Bias, Factor, Out, squares, rows, column, n_features, BLOCK
                                     PART_N)  # fmt: skip
 
 
+@triton.jit
+def _store(acc, Bias, Out, rows, column, stride, ADD: tl.constexpr, BLOCK_N: tl.constexpr, PART_N: tl.constexpr):
+    """Write acc + b, or if ADD add to Out, PART_N columns at a time."""
+    if BLOCK_N <= PART_N:
+        columns = column + tl.arange(0, BLOCK_N)
+        at = Out + rows[:, None] * stride + columns[None, :]
+        if ADD:
+            acc += tl.load(at)
+        else:
+            acc += tl.load(Bias + columns)[None, :]
+        tl.store(at, acc)
+    else:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = _split(acc)
+        _store(left, Bias, Out, rows, column, stride, ADD, HALF, PART_N)
+        _store(right, Bias, Out, rows, column + HALF, stride, ADD, HALF, PART_N)
+
+
 @triton.jit(do_not_specialize=["n_experts", "n_rows"])
 def _decode_kernel(H, W, Bias, Factor, Gates, Experts, Out, Sums, depth, n_features, n_rows, n_experts,
                    FUSED: tl.constexpr, KEEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   BLOCK_K: tl.constexpr, PART_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                   BLOCK_K: tl.constexpr, PART_N: tl.constexpr, TMA: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
     """Write z (n_rows, features), or if FUSED G for x = 0, and if KEEP add Σ r ReLU(z) to Sums (blocks, n_rows)."""
     tile, block = tl.program_id(0), tl.program_id(1)
     expert = tl.load(Experts + tile)
@@ -78,27 +99,13 @@ def _decode_kernel(H, W, Bias, Factor, Gates, Experts, Out, Sums, depth, n_featu
                 at = Sums + block * n_rows.to(tl.int64) + rows
                 tl.store(at, tl.load(at) + gates * sums)
         else:
-            columns = column + tl.arange(0, BLOCK_N)
-            acc += tl.load(bias + columns)[None, :]
-            tl.store(Out + rows[:, None] * n_features + columns[None, :], acc)
-
-
-@triton.jit
-def _add(acc, Out, rows, column, stride, BLOCK_N: tl.constexpr, PART_N: tl.constexpr):
-    """Add to Out, PART_N columns at a time."""
-    if BLOCK_N <= PART_N:
-        at = Out + rows[:, None] * stride + (column + tl.arange(0, BLOCK_N))[None, :]
-        tl.store(at, tl.load(at) + acc)
-    else:
-        HALF: tl.constexpr = BLOCK_N // 2
-        left, right = _split(acc)
-        _add(left, Out, rows, column, stride, HALF, PART_N)
-        _add(right, Out, rows, column + HALF, stride, HALF, PART_N)
+            _store(acc, bias, Out, rows, column, n_features, False, BLOCK_N, PART_N)
 
 
 @triton.jit(do_not_specialize=["n_experts"])
 def _backward_kernel(G, W, Dh, Experts, depth, n_features, n_experts, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                     BLOCK_K: tl.constexpr, PART_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                     BLOCK_K: tl.constexpr, PART_N: tl.constexpr, TMA: tl.constexpr,
+                     PRECISION: tl.constexpr):  # fmt: skip
     """Add G W to Dh (rows, depth)."""
     tile, column = tl.program_id(0), tl.program_id(1) * BLOCK_N
     expert = tl.load(Experts + tile)
@@ -109,39 +116,18 @@ def _backward_kernel(G, W, Dh, Experts, depth, n_features, n_experts, BLOCK_M: t
             g = _tile(G, row, feature, n_features, BLOCK_M, BLOCK_K, TMA)
             w = _tile(W, feature, expert * depth + column, n_experts * depth, BLOCK_K, BLOCK_N, TMA)
             acc = _dot(g, w, acc, PRECISION)
-        _add(acc, Dh, (row + tl.arange(0, BLOCK_M)).to(tl.int64), column, depth, BLOCK_N, PART_N)
+        rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)
+        _store(acc, Dh, Dh, rows, column, depth, True, BLOCK_N, PART_N)
 
 
 @triton.jit
-def _update(grad, Table, Avg, Sq, Encoder, rows, parts, column, first, width, stride, keep, fresh1, beta2, fresh2, eps,
-            step_size, root, key, HAS_ENCODER: tl.constexpr, NARROW: tl.constexpr, BLOCK_N: tl.constexpr,
-            PART_N: tl.constexpr):  # fmt: skip
-    """AdamW with a gradient (features, BLOCK_N), PART_N columns at a time.
+def _outer_kernel(G, H, Ends, Grad, eighths, first, width, depth, n_features, EVEN: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """Write Gᵀ H of an expert's rows to columns first + e · width … of Grad, whose rows have 8 · eighths.
 
-    HAS_ENCODER: the encoder's part is added, whose rows begin at ``parts`` of Encoder.
+    EVEN: blocks divide the width.
     """
-    if BLOCK_N <= PART_N:
-        hidden = column + tl.arange(0, BLOCK_N)
-        inside = (rows >= 0)[:, None] & (hidden < width)[None, :]
-        if HAS_ENCODER:
-            grad += tl.load(Encoder + parts[:, None] + hidden[None, :], mask=inside, other=0.0)
-        at = rows[:, None] * stride + (first + hidden)[None, :]
-        adamw(Table, Avg, Sq, at, inside, grad, keep, fresh1, beta2, fresh2, eps, step_size, root, key, NARROW)
-    else:
-        HALF: tl.constexpr = BLOCK_N // 2
-        left, right = _split(grad)
-        _update(left, Table, Avg, Sq, Encoder, rows, parts, column, first, width, stride, keep, fresh1, beta2, fresh2,
-                eps, step_size, root, key, HAS_ENCODER, NARROW, HALF, PART_N)  # fmt: skip
-        _update(right, Table, Avg, Sq, Encoder, rows, parts, column + HALF, first, width, stride, keep, fresh1, beta2,
-                fresh2, eps, step_size, root, key, HAS_ENCODER, NARROW, HALF, PART_N)  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["first", "width", "key"])
-def _outer_kernel(G, H, Ends, Rows, Table, Avg, Sq, Encoder, stride, first, width, depth, n_features, keep, fresh1,
-                  beta2, fresh2, eps, step_size, root, key, HAS_ENCODER: tl.constexpr, NARROW: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART_N: tl.constexpr,
-                  TMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """AdamW with Gᵀ H of an expert's rows, for BLOCK_M features and BLOCK_N hidden units from column ``first`` on."""
     feature, column, expert = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, tl.program_id(2)
     start, end = tl.load(Ends + expert), tl.load(Ends + expert + 1)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -149,10 +135,12 @@ def _outer_kernel(G, H, Ends, Rows, Table, Avg, Sq, Encoder, stride, first, widt
         g = _tile(G, row, feature, n_features, BLOCK_K, BLOCK_M, TMA)
         h = _tile(H, row, column, depth, BLOCK_K, BLOCK_N, TMA)
         acc = _dot(g.T, h, acc, PRECISION)
-    features = (feature + tl.arange(0, BLOCK_M)).to(tl.int64)
-    parts = features * (tl.num_programs(2) * depth) + expert * depth
-    _update(acc, Table, Avg, Sq, Encoder, tl.load(Rows + features), parts, column, first + expert * width, width, stride,
-            keep, fresh1, beta2, fresh2, eps, step_size, root, key, HAS_ENCODER, NARROW, BLOCK_N, PART_N)  # fmt: skip
+    features, hidden = (feature + tl.arange(0, BLOCK_M)).to(tl.int64), column + tl.arange(0, BLOCK_N)
+    to = Grad + features[:, None] * (eighths * 8) + (first + expert * width + hidden)[None, :]
+    if EVEN:
+        tl.store(to, acc)
+    else:
+        tl.store(to, acc, mask=(hidden < width)[None, :])
 
 
 @dataclass(frozen=True)
@@ -180,10 +168,14 @@ def tiles(precision: str, per_expert: float, width: int, stripe: int, room: int 
         depth = -(-width // block_n) * block_n
     block_k = min(depth, least)
     if not narrow:
-        rows, block_n = min(rows, 64), min(block_n, 64)
-        small = 32
-        plain = Tile(rows, 64, block_k, 4, 2)
-        return Tiles(plain, replace(plain, block_n=block_n, block_k=small), Tile(64, block_n, min(rows, small), 4, 2), depth)
+        # Three products of tf32 parts have room for wide tiles in the registers of a chip whose products read shared
+        # memory; float32's own have none.
+        wide = precision == "tf32x3" and room >= SHARED_BYTES[90]
+        most, warps, stages = (128, 8, 3) if wide else (64, 4, 2)
+        rows, block_n = min(rows, most), min(block_n, most)
+        decode = Tile(rows, most, block_k, warps, stages)
+        backward = Tile(rows, block_n, least, warps, stages)
+        return Tiles(decode, backward, Tile(most, block_n, min(rows, least), warps, stages), depth)
     decode = Tile(rows, 256 if stripe % 256 == 0 else 128, block_k, 8, 4)
     backward = Tile(rows, block_n, 64, 8, 4)
     outer = Tile(FEATURES, block_n, min(rows, 64), 8, 4)

@@ -4,7 +4,7 @@
              z_e = h_e W_esᵀ + b_es               one expert per sample: its tiles become G at once
              r = 2 scale I (x' − x),  G_e = r w_e 1[z_e > 0],  dgate_e += ⟨r, ReLU(z_e)⟩
              dh_e += G_e W_es
-             dW_es = G_eᵀ h_e, and AdamW with it
+             dW_es = G_eᵀ h_e                     into S rows of gradients, which AdamW takes from L2
 
 `sweep` goes through the features that are absent from the batch, whose gradient is whole then, and through the present
 ones for loss and dh only; `finish` decodes these again and adds the encoder's part. That is 6·B·k·m FLOP for an absent
@@ -38,8 +38,10 @@ from moesaic.kernels.feature_state import AdamStep, Assignment, Columns, Feature
 from moesaic.kernels.tiles import Tile, multiprocessors, shared_bytes
 from moesaic.kernels.weights_triton import _copies_tiles
 
-ENTRIES = 16
-"""Entries that a program corrects at a time."""
+STAGE, RESIDUAL, UPDATE = (16, 128), (16, 128), (8, 256)
+"""Rows and columns of a program that copies weights, sums experts, updates parameters."""
+ENTRIES, ROW_SUMS, BIAS_SUMS, ENCODER = 16, 128, 32, 512
+"""Entries that a program corrects or sums at a time; features whose G it sums; hidden units whose x dh it sums."""
 
 
 def sweep(
@@ -52,7 +54,8 @@ def sweep(
     Args:
         shape: of the model.
         table: (n, P) float32.
-        exp_avg, exp_avg_sq: (n, P), float32 or bfloat16.
+        exp_avg: (n, P), float32 or bfloat16.
+        exp_avg_sq: the same.
         h: (A, m) float32.
         shared_h: (B, m_0) float32, or None.
         assignment: of the A places.
@@ -143,7 +146,7 @@ class _Experts:
         self.bias, self.factor = torch.empty(self.n_experts, stripe, device=device), torch.empty(stripe, device=device)
         self.dh = torch.zeros(n_rows if keep else 0, depth, device=device)
         self.fused, self.keep, self.stripe = fused, keep, stripe
-        self.blocks = stripe // (self.tiles.decode.block_n if fused else _RESIDUAL[1])
+        self.blocks = stripe // (self.tiles.decode.block_n if fused else RESIDUAL[1])
         self.sums = torch.zeros(self.blocks, n_rows, device=device)
         self.tma = precision != "ieee" and _copies_tiles(device)
 
@@ -182,9 +185,9 @@ class _Experts:
     def decode(self, table: Tensor, rows: Tensor, importance: Tensor, twice: float) -> None:
         """Copy a stripe's weights; z, or G for x = 0."""
         depth, tile = self.tiles.depth, self.tiles.decode
-        parts._stage_kernel[(self.stripe // 32, triton.cdiv(self.n_experts * depth, 128))](
-            table, rows, importance, self.w, self.bias, self.factor, table.stride(0), self.first, self.first_bias,
-            self.width, depth, self.n_experts, self.stripe, twice, BLOCK_F=32, BLOCK_N=128,
+        parts._stage_kernel[(self.stripe // STAGE[0], triton.cdiv(self.n_experts * depth, STAGE[1]))](
+            table, rows, importance, self.w, self.bias, self.factor, table.stride(0) // 8, self.first, self.first_bias,
+            self.width, depth, self.n_experts, self.stripe, twice, BLOCK_F=STAGE[0], BLOCK_N=STAGE[1],
         )  # fmt: skip
         products._decode_kernel[(self.n_tiles, self.stripe // tile.block_n)](
             *self._decode, self.bias, self.factor, self.gates, self.tile_experts, self.z, self.sums, depth,
@@ -192,34 +195,27 @@ class _Experts:
         )  # fmt: skip
 
     def backward(self) -> None:
-        """dH += G W."""
+        """Add G W to dH."""
         tile = self.tiles.backward
         products._backward_kernel[(self.n_tiles, self.tiles.depth // tile.block_n)](
             *self._backward, self.dh, self.tile_experts, self.tiles.depth, self.stripe, self.n_experts,
             **self._compiled(tile),
         )  # fmt: skip
 
-    def outer(self, rows: Tensor, encoder: Tensor | None, stride: int, state: list[Tensor], factors: list[Any]) -> None:
-        """AdamW for the decoders, with GᵀH and the encoder's part."""
-        tile, depth = self.tiles.outer, self.tiles.depth
+    def outer(self, grad: Tensor) -> None:
+        """Write the decoders' gradient GᵀH and the biases' to a stripe's rows of gradients."""
+        tile, depth, bias = self.tiles.outer, self.tiles.depth, grad[:, self.first_bias :]
         products._outer_kernel[(self.stripe // tile.block_m, depth // tile.block_n, self.n_experts)](
-            *self._outer, self.ends, rows, *state, encoder, stride, self.first, self.width, depth, self.stripe,
-            *factors, HAS_ENCODER=encoder is not None, NARROW=state[1].dtype == torch.int16, **self._compiled(tile),
+            *self._outer, self.ends, grad, grad.stride(0) // 8, self.first, self.width, depth, self.stripe,
+            EVEN=self.width % tile.block_n == 0, **self._compiled(tile),
         )  # fmt: skip
-
-    def bias_sums(self, out: Tensor) -> None:
-        """Write the biases' gradient to ``out`` (S, ≥ E), whose rows may be longer."""
-        parts._bias_sums_kernel[(self.stripe // 32, self.n_experts)](
-            self.g, self.ends, out, self.stripe, out.stride(0), BLOCK_N=32, BLOCK_K=self.tiles.outer.block_k
+        parts._bias_sums_kernel[(self.stripe // BIAS_SUMS, self.n_experts)](
+            self.g, self.ends, bias, self.stripe, grad.stride(0), BLOCK_N=BIAS_SUMS, BLOCK_K=tile.block_k
         )
 
     def places_of(self, sums: Tensor) -> Tensor:
         """Take the rows of places out of the padded ones."""
         return sums[self.padded]
-
-
-_RESIDUAL = (16, 128)
-"""Samples and features of a program that sums experts."""
 
 
 class _Step:
@@ -254,14 +250,14 @@ class _Step:
             )  # fmt: skip
         self.both = [self.experts, *([] if self.shared is None else [self.shared])]
         self.places = self.experts.padded[assignment.places]
-        self.first_tail = first["bias"]
-        self.first_router = first.get("router", 0) - first["bias"]
-        self.tail = torch.empty(stripe, shape.n_columns - first["bias"], device=self.device)
+        self.first_router = first.get("router", 0)
+        # Laid out as the table; columns without a gradient stay 0.
+        self.grad = torch.zeros(stripe, table.stride(0), device=self.device)
         self.n_present, self.n_entries = columns.features.shape[0], columns.samples.shape[0]
         kept = self.n_entries if keep else 0
         self.deltas = torch.empty(kept, self.top_k, device=self.device)
         self.losses = torch.empty(kept, device=self.device)
-        self.sample_losses = torch.zeros(stripe // _RESIDUAL[1], 0 if self.fused else self.batch, device=self.device)
+        self.sample_losses = torch.zeros(stripe // RESIDUAL[1], 0 if self.fused else self.batch, device=self.device)
 
     def _stripes(self, rows: Tensor) -> Iterator[Tensor]:
         size = -(-rows.shape[0] // self.stripe) * self.stripe
@@ -293,7 +289,7 @@ class _Step:
             group.decode(self.state[0], rows, self.importance, self.twice)
         if not self.fused and self.batch:
             one, other = self.experts, self.shared or self.experts
-            block_b, block_n = _RESIDUAL
+            block_b, block_n = RESIDUAL
             parts._residual_kernel[(triton.cdiv(self.batch, block_b), self.stripe // block_n)](
                 one.z, one.g, other.z, other.g, self.places, one.gates, one.factor, one.sums, self.sample_losses,
                 self.batch, self.top_k, self.stripe, one.h.shape[0], HAS_SHARED=self.shared is not None,
@@ -305,61 +301,48 @@ class _Step:
         one, other, (of, bounds) = self.experts, self.shared or self.experts, self._entries
         programs = min(8 * multiprocessors(self.device), max(1, triton.cdiv(self.n_entries, ENTRIES)))
         parts._entries_kernel[(programs,)](
-            one.h, one.w, one.bias, one.z, other.z, one.g, other.g, self.places, one.gates, one.tile_experts, one.factor,
-            of, self.columns.samples, self.columns.values, bounds, self.deltas, self.losses, number,
+            one.h, one.w, one.bias, one.z, other.z, one.g, other.g, self.places, one.gates, one.tile_experts,
+            one.factor, of, self.columns.samples, self.columns.values, bounds, self.deltas, self.losses, number,
             number * self.stripe, self.top_k, one.tiles.depth, one.n_experts, self.stripe, FUSED=self.fused,
             HAS_SHARED=self.shared is not None, KEEP=self.keep, BLOCK=ENTRIES, BLOCK_M=one.tiles.decode.block_m,
-            BLOCK_K=min(64, one.tiles.decode.block_k),
+            BLOCK_K=one.tiles.decode.block_k,
         )  # fmt: skip
 
     def backward(self) -> None:
-        """dh of all experts."""
+        """Add to dh of all experts."""
         for group in self.both:
             group.backward()
 
     def update(self, rows: Tensor, adam: AdamStep, encoder: _Encoder | None = None) -> None:
         """AdamW on a stripe's rows."""
-        factors = [
-            adam.keep, 1 - adam.beta1, adam.beta2, 1 - adam.beta2, adam.eps, adam.step_size, adam.root, self.key
-        ]  # fmt: skip
-        stride, e = self.state[0].stride(0), self.shape.n_experts
-        self.tail.zero_()
-        for group, column in zip(self.both, (0, e), strict=False):
-            group.bias_sums(self.tail[:, column:])
-            given = None
-            if encoder is not None:
-                given = torch.zeros(self.stripe, group.n_experts * group.tiles.depth, device=self.device)
-                rows_of = encoder.dh if group is self.experts else encoder.shared_dh
-                assert rows_of is not None
-                self._encode(group, rows_of, encoder.number, given)
-            group.outer(rows, given if self.shape.tied else None, stride, self.state, factors)
-            if not self.shape.tied:
-                self._update(rows, given, group.encoder, group.width, group.tiles.depth, group.n_experts, factors)
-        if encoder is not None and encoder.dlogits is not None:
-            self._encode(None, encoder.dlogits, encoder.number, self.tail[:, self.first_router :])
-        self._update(rows, self.tail, self.first_tail, self.tail.shape[1], 0, 1, factors)
-
-    def _encode(self, group: _Experts | None, source: Tensor, number: int, out: Tensor) -> None:
-        """Σ x dh of the entries of each feature of a stripe; without a group: of the router."""
-        first = number * self.stripe
-        source, routed = source.contiguous(), group is self.experts
-        width = source.shape[1]
-        block = min(1024, triton.next_power_of_2(width))
-        parts._encoder_kernel[(min(self.stripe, self.n_present - first), triton.cdiv(width, block))](
-            source, self.assignment.places, self.experts.expert_of, self.columns.starts, self.columns.samples,
-            self.columns.values, out, first, width, self.top_k if routed else 1, width, out.stride(0),
-            group.tiles.depth if group else 0, ONE=not routed or self.shape.n_experts == 1, DIRECT=not routed,
-            BLOCK=block, num_stages=1,
+        if encoder is not None:
+            self.grad.zero_()
+        for group in self.both:
+            group.outer(self.grad)
+        if encoder is not None:
+            self._encode(encoder.dh, self.experts.encoder, encoder.number, places=True)
+            if self.shared is not None and encoder.shared_dh is not None:
+                self._encode(encoder.shared_dh, self.shared.encoder, encoder.number)
+            if encoder.dlogits is not None:
+                self._encode(encoder.dlogits, self.first_router, encoder.number)
+        table, *moments = self.state
+        width = self.shape.n_columns
+        block = min(UPDATE[1], triton.next_power_of_2(width))
+        parts._update_kernel[(self.stripe // UPDATE[0], triton.cdiv(width, block))](
+            table, *moments, rows, self.grad, table.stride(0) // 8, width, adam.keep, 1 - adam.beta1, adam.beta2,
+            1 - adam.beta2, adam.eps, adam.step_size, adam.root, self.key, NARROW=moments[0].dtype == torch.int16, BLOCK_F=UPDATE[0],
+            BLOCK_N=block,
         )  # fmt: skip
 
-    def _update(
-        self, rows: Tensor, grad: Tensor | None, first: int, width: int, depth: int, n_experts: int, factors: list[Any]
-    ) -> None:
-        block = min(128, triton.next_power_of_2(width))
-        parts._update_kernel[(self.stripe // 32, triton.cdiv(width, block), n_experts)](
-            *self.state, rows, grad, self.state[0].stride(0), first, width, 0 if grad is None else grad.stride(0),
-            depth, *factors, HAS_GRAD=grad is not None, NARROW=self.state[1].dtype == torch.int16, BLOCK_F=32,
-            BLOCK_N=block,
+    def _encode(self, source: Tensor, column: int, number: int, *, places: bool = False) -> None:
+        """Add Σ x dh over the entries of each feature of a stripe, dh a row for each sample or for each place."""
+        first, width = number * self.stripe, source.shape[1]
+        block = min(ENCODER, triton.next_power_of_2(width))
+        parts._encoder_kernel[(min(self.stripe, self.n_present - first), triton.cdiv(width, block))](
+            source.contiguous(), self.assignment.places, self.experts.expert_of, self.columns.starts,
+            self.columns.samples, self.columns.values, self.grad[:, column:], first, width, self.top_k if places else 1,
+            self.grad.stride(0), ONE=not places or self.shape.n_experts == 1, DIRECT=not places, BLOCK=block,
+            num_stages=1,
         )  # fmt: skip
 
     def swept(self) -> Swept:
@@ -374,10 +357,12 @@ class _Step:
         dgates = one.places_of(totals)
         if self.n_entries:
             order = torch.sort(self.columns.samples.int(), stable=True)
-            starts = torch.searchsorted(order.values, torch.arange(self.batch + 1, dtype=torch.int32, device=self.device))
+            starts = torch.searchsorted(
+                order.values, torch.arange(self.batch + 1, dtype=torch.int32, device=self.device)
+            )
             change = torch.empty(self.batch, self.top_k, device=self.device)
             parts._row_sums_kernel[(self.batch, self.top_k)](
-                self.deltas, order.indices, starts, change, self.top_k, BLOCK=128
+                self.deltas, order.indices, starts, change, self.top_k, BLOCK=ROW_SUMS
             )
             dgates[self.assignment.places.flatten()] += change.flatten()
         shared = self.shared

@@ -61,7 +61,18 @@ class Case:
     def run(self, *, precision: str = "ieee", stripe: int = 128, forget: str = "") -> dict[str, Tensor]:
         """A whole step; ``extra`` is what the load-balance loss might add to dh."""
         table, avg, sq = self.table.clone(), self.avg.clone(), self.sq.clone()
-        given = (self.shape, table, avg, sq, self.h, self.h0, self.assignment, self.columns, self.importance, self.scale)
+        given = (
+            self.shape,
+            table,
+            avg,
+            sq,
+            self.h,
+            self.h0,
+            self.assignment,
+            self.columns,
+            self.importance,
+            self.scale,
+        )
         adam = AdamStep.at(STEP, lr=LR, weight_decay=DECAY)
         how: dict[str, Any] = {"precision": precision, "stripe": stripe, "key": KEY}
         swept = stripes_triton.sweep(*given, adam, **how)
