@@ -91,10 +91,8 @@ def compile_kernel(
     chosen = products.tiles(precision, per_expert, width, stripe, SHARED_BYTES[chip])
     kernel, constants, tile = _kernel(name, chosen, precision, chip, narrow, tile)
     signature = {argument: _type(argument, name, precision, narrow, constants) for argument in kernel.arg_names}
-    compiled = compile_ahead(
-        kernel, signature, constants, tile.warps, chip, stages=tile.stages,
-        aligned=[argument for argument in _ALIGNED if argument in signature and argument not in kernel.do_not_specialize],
-    )  # fmt: skip
+    aligned = [size for size in _ALIGNED if size in signature and size not in kernel.do_not_specialize]
+    compiled = compile_ahead(kernel, signature, constants, tile.warps, chip, stages=tile.stages, aligned=aligned)
     usage, code = disassemble(compiled)
     matrix = Counter(label for _, text in code for label, pattern in _MATRIX.items() if re.search(pattern, text))
     programs = min(

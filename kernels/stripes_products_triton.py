@@ -179,7 +179,8 @@ def tiles(precision: str, per_expert: float, width: int, stripe: int, room: int 
     decode = Tile(rows, 256 if stripe % 256 == 0 else 128, block_k, 8, 4)
     backward = Tile(rows, block_n, 64, 8, 4)
     outer = Tile(FEATURES, block_n, min(rows, 64), 8, 4)
-    return Tiles(*(_filled(tile, room - _RESERVED_BYTES) for tile in (decode, backward, outer)), depth)
+    decode, backward, outer = (_filled(tile, room - _RESERVED_BYTES) for tile in (decode, backward, outer))
+    return Tiles(decode, backward, outer, depth)
 
 
 def _filled(tile: Tile, room: int) -> Tile:

@@ -330,8 +330,8 @@ class _Step:
         block = min(UPDATE[1], triton.next_power_of_2(width))
         parts._update_kernel[(self.stripe // UPDATE[0], triton.cdiv(width, block))](
             table, *moments, rows, self.grad, table.stride(0) // 8, width, adam.keep, 1 - adam.beta1, adam.beta2,
-            1 - adam.beta2, adam.eps, adam.step_size, adam.root, self.key, NARROW=moments[0].dtype == torch.int16, BLOCK_F=UPDATE[0],
-            BLOCK_N=block,
+            1 - adam.beta2, adam.eps, adam.step_size, adam.root, self.key, NARROW=moments[0].dtype == torch.int16,
+            BLOCK_F=UPDATE[0], BLOCK_N=block,
         )  # fmt: skip
 
     def _encode(self, source: Tensor, column: int, number: int, *, places: bool = False) -> None:
