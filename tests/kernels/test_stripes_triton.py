@@ -253,7 +253,7 @@ def errors_are_seen() -> list[str]:
     if not {"table", "avg"} <= names(case.wrong(forget="dh")):
         missed.append("dh forgotten in finish")
     absent = stripes_triton._Step.absent
-    stripes_triton._Step.absent = every_feature  # type: ignore[method-assign]
+    stripes_triton._Step.absent = every_feature  # type: ignore[assignment, method-assign]
     if not {"loss", "table", "sq"} <= names(case.wrong()):
         missed.append("presence ignored")
     stripes_triton._Step.absent = absent  # type: ignore[method-assign]
