@@ -222,22 +222,21 @@ def _update_kernel(Table, Avg, Sq, Rows, Grad, eighths, n_columns, keep, fresh1,
     features = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows, stride = tl.load(Rows + features), eighths * 8
-    inside = (rows >= 0)[:, None] & (columns < n_columns)[None, :]
+    # Padding is read and written as it is, so that whole lines are.
+    inside, real = (rows >= 0)[:, None] & (columns < stride)[None, :], (columns < n_columns)[None, :]
     grad = tl.load(Grad + features[:, None] * stride + columns[None, :], mask=inside, other=0.0)
     at = rows[:, None] * stride + columns[None, :]
     theta = tl.load(Table + at, mask=inside, other=0.0)
-    avg, sq = tl.load(Avg + at, mask=inside, other=0), tl.load(Sq + at, mask=inside, other=0)
-    if NARROW:
-        avg, sq = _widened(avg), _widened(sq)
+    old_avg, old_sq = tl.load(Avg + at, mask=inside, other=0), tl.load(Sq + at, mask=inside, other=0)
+    avg, sq = (_widened(old_avg), _widened(old_sq)) if NARROW else (old_avg, old_sq)
     avg += fresh1 * (grad - avg)
     sq = beta2 * sq + fresh2 * grad * grad
-    theta = theta * keep - step_size * avg / (tl.sqrt_rn(sq) * root + eps)
-    tl.store(Table + at, theta, mask=inside)
+    tl.store(
+        Table + at, tl.where(real, theta * keep - step_size * avg / (tl.sqrt(sq) * root + eps), theta), mask=inside
+    )
     if NARROW:
         hash = (at >> 32).to(tl.uint32) ^ key.to(tl.uint32, bitcast=True)
         hash = fmix32(at.to(tl.uint32) ^ fmix32(hash))
-        tl.store(Avg + at, _narrowed(avg, fmix32(hash)), mask=inside)
-        tl.store(Sq + at, _narrowed(sq, fmix32(hash ^ 0x9E3779B9)), mask=inside)
-    else:
-        tl.store(Avg + at, avg, mask=inside)
-        tl.store(Sq + at, sq, mask=inside)
+        avg, sq = _narrowed(avg, fmix32(hash)), _narrowed(sq, fmix32(hash ^ 0x9E3779B9))
+    tl.store(Avg + at, tl.where(real, avg, old_avg), mask=inside)
+    tl.store(Sq + at, tl.where(real, sq, old_sq), mask=inside)

@@ -326,10 +326,10 @@ class _Step:
             if encoder.dlogits is not None:
                 self._encode(encoder.dlogits, self.first_router, encoder.number)
         table, *moments = self.state
-        width = self.shape.n_columns
-        block = min(UPDATE[1], triton.next_power_of_2(width))
-        parts._update_kernel[(self.stripe // UPDATE[0], triton.cdiv(width, block))](
-            table, *moments, rows, self.grad, table.stride(0) // 8, width, adam.keep, 1 - adam.beta1, adam.beta2,
+        stride = table.stride(0)
+        block = min(UPDATE[1], triton.next_power_of_2(stride))
+        parts._update_kernel[(self.stripe // UPDATE[0], triton.cdiv(stride, block))](
+            table, *moments, rows, self.grad, stride // 8, self.shape.n_columns, adam.keep, 1 - adam.beta1, adam.beta2,
             1 - adam.beta2, adam.eps, adam.step_size, adam.root, self.key, NARROW=moments[0].dtype == torch.int16,
             BLOCK_F=UPDATE[0], BLOCK_N=block,
         )  # fmt: skip
