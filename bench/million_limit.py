@@ -11,7 +11,9 @@ longest of the sums over all kernels; one after the other, as they are launched,
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from moesaic.bench.kernel_bench import Table
 from moesaic.bench.plan import Row
@@ -143,7 +145,7 @@ def step_limits() -> tuple[Table, list[Row]]:
     return Table(title, HEADER, [_line(row) for row in rows], notes), rows
 
 
-def _line(row: Row) -> tuple[str, ...]:
+def _line(row: Mapping[str, Any]) -> tuple[str, ...]:
     seconds = row["seconds"]
     return (
         row["model"], row["precision"], f"{row['useful_flops'] / 1e12:.1f}", f"{row['executed_flops'] / 1e12:.1f}",

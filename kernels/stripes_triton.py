@@ -267,8 +267,7 @@ class _Step:
     def absent(self) -> Iterator[Tensor]:
         """Yield the rows of absent features, a stripe at a time."""
         present = torch.zeros(self.shape.n_features, dtype=torch.uint8, device=self.device)
-        present[self.columns.features] = 1
-        order = torch.sort(present, stable=True).indices
+        order = torch.sort(present.index_fill_(0, self.columns.features, 1), stable=True).indices
         return self._stripes(order[: self.shape.n_features - self.n_present])
 
     def present(self) -> Iterator[Tensor]:
