@@ -46,11 +46,11 @@ def test_padding_is_executed() -> None:
 
 
 def test_the_compilers_report_has_a_line_for_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    true, asked = stripes_compile.compile_kernel, []
+    one, asked = stripes_compile.compile_kernel("bias sums", 90), []
 
     def once(name: str, chip: int, precision: str = "bf16") -> Any:
         asked.append((name, chip, precision))
-        return true("bias sums", 90)
+        return one
 
     monkeypatch.setattr(stripes_compile, "compile_kernel", once)
     table, rows = million_limit.compiled_kernels()
