@@ -100,6 +100,8 @@ def costs(case: Case) -> dict[str, Cost]:
     twice, stripes = 1 + present(), N_FEATURES / STRIPE
     product, g = 2 * n * rows * depth, n * rows * number
 
+    entries = PROBABILITY * n * BATCH * k
+
     def read(tile: Tile) -> float:
         return product / 2 * number * (1 / tile.block_m + 1 / tile.block_n)
 
@@ -109,7 +111,8 @@ def costs(case: Case) -> dict[str, Cost]:
         "backward": Cost(product, 0, g + n * width + stripes * 8 * rows * depth, read(blocks.backward)),
         "outer": Cost(product, 0, g + n * row, read(blocks.outer)),
         "biases": Cost(0, 0, g),
-        "encoder": Cost(0, 0, PROBABILITY * n * BATCH * k * 4 * m + present() * n * 3 * row),
+        "entries": Cost(0, 0, 2 * entries * 2 * number * depth),
+        "encoder": Cost(0, 0, entries * 4 * m + present() * n * 3 * row),
         "update": Cost(0, 6 * n * row, 7 * n * row),
     }  # fmt: skip
 

@@ -118,7 +118,7 @@ def _kernel(
         "residual": {"BLOCK_B": RESIDUAL[0], "BLOCK_N": RESIDUAL[1]},
         "entries": {"BLOCK": ENTRIES, "BLOCK_M": chosen.decode.block_m, "BLOCK_K": chosen.decode.block_k},
         "row sums": {"BLOCK": ROW_SUMS}, "bias sums": {"BLOCK_N": BIAS_SUMS, "BLOCK_K": chosen.outer.block_k},
-        "encoder": {"BLOCK": ENCODER}, "update": {"BLOCK_F": UPDATE[0], "BLOCK_N": UPDATE[1]},
+        "encoder": {"BLOCK_E": ENCODER[0], "BLOCK": ENCODER[1]}, "update": {"BLOCK_F": UPDATE[0], "BLOCK_N": UPDATE[1]},
     }  # fmt: skip
     values = {
         "FUSED": name in ("decode", "entries"), "KEEP": True, "HAS_SHARED": True, "ONE": name == "encoder of one",

@@ -185,31 +185,38 @@ def _bias_sums_kernel(G, Ends, Out, n_features, stride_out, BLOCK_N: tl.constexp
 
 @triton.jit(do_not_specialize=["first", "width", "top_k"])
 def _encoder_kernel(Dh, Places, Experts, Starts, Samples, Values, Grad, first, width, top_k, stride,
-                    ONE: tl.constexpr, DIRECT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                    ONE: tl.constexpr, DIRECT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Add Σ_{b ∋ i} x_bi dh_b to columns e · width … of a feature's row of Grad, one program for each block of them.
 
-    ONE: there is but one expert; DIRECT: a row of dh for each sample and not for each place.
+    ONE: there is but one row of dh for each sample; DIRECT: in the order of samples, not of places.
     """
     feature = tl.program_id(0).to(tl.int64)
     hidden = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = hidden < width
-    end = tl.load(Starts + first + feature + 1)
+    start, end = tl.load(Starts + first + feature), tl.load(Starts + first + feature + 1)
     to = Grad + feature * stride + hidden
-    total = tl.zeros([BLOCK], tl.float32)
-    for entry in range(tl.load(Starts + first + feature), end):
-        sample, x = tl.load(Samples + entry), tl.load(Values + entry)
-        for j in range(top_k):
-            place = sample if DIRECT else tl.load(Places + sample * top_k + j)
-            part = x * tl.load(Dh + place * width + hidden, mask=inside, other=0.0)
-            if ONE:
-                total += part
-            else:
+    if ONE:
+        total = tl.zeros([BLOCK_E, BLOCK], tl.float32)
+        for at in range(start, end, BLOCK_E):
+            entries = at + tl.arange(0, BLOCK_E)
+            known = entries < end
+            rows = tl.load(Samples + entries, mask=known, other=0)
+            if not DIRECT:
+                rows = tl.load(Places + rows, mask=known, other=0)
+            source = Dh + rows[:, None] * width + hidden[None, :]
+            part = tl.load(source, mask=known[:, None] & inside[None, :], other=0.0)
+            total += tl.load(Values + entries, mask=known, other=0.0)[:, None] * part
+        tl.store(to, tl.load(to, mask=inside, other=0.0) + tl.sum(total, 0), mask=inside)
+    else:
+        for entry in range(start, end):
+            sample, x = tl.load(Samples + entry), tl.load(Values + entry)
+            for j in range(top_k):
+                place = tl.load(Places + sample * top_k + j)
                 at = to + tl.load(Experts + place) * width
+                part = x * tl.load(Dh + place * width + hidden, mask=inside, other=0.0)
                 tl.store(at, tl.load(at, mask=inside, other=0.0) + part, mask=inside)
                 # The next entry may add to the same elements from other threads.
                 tl.debug_barrier()
-    if ONE:
-        tl.store(to, tl.load(to, mask=inside, other=0.0) + total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["key"])

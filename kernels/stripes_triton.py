@@ -40,8 +40,10 @@ from moesaic.kernels.weights_triton import _copies_tiles
 
 STAGE, RESIDUAL, UPDATE = (16, 128), (16, 128), (8, 256)
 """Rows and columns of a program that copies weights, sums experts, updates parameters."""
-ENTRIES, ROW_SUMS, BIAS_SUMS, ENCODER = 16, 128, 32, 512
-"""Entries that a program corrects or sums at a time; features whose G it sums; hidden units whose x dh it sums."""
+ENTRIES, ROW_SUMS, BIAS_SUMS = 16, 128, 32
+"""Entries that a program corrects or sums at a time, and features whose G it sums."""
+ENCODER = (8, 256)
+"""Entries and hidden units of a program that sums x dh."""
 
 
 def sweep(
@@ -336,12 +338,14 @@ class _Step:
     def _encode(self, source: Tensor, column: int, number: int, *, places: bool = False) -> None:
         """Add Σ x dh over the entries of each feature of a stripe, dh a row for each sample or for each place."""
         first, width = number * self.stripe, source.shape[1]
-        block = min(ENCODER, triton.next_power_of_2(width))
+        block = min(ENCODER[1], triton.next_power_of_2(width))
+        # A place's expert is needed where it decides on the columns.
+        one = not places or self.shape.n_experts == 1
         parts._encoder_kernel[(min(self.stripe, self.n_present - first), triton.cdiv(width, block))](
             source.contiguous(), self.assignment.places, self.experts.expert_of, self.columns.starts,
-            self.columns.samples, self.columns.values, self.grad[:, column:], first, width, self.top_k if places else 1,
-            self.grad.stride(0), ONE=not places or self.shape.n_experts == 1, DIRECT=not places, BLOCK=block,
-            num_stages=1,
+            self.columns.samples, self.columns.values, self.grad[:, column:], first, width, self.top_k,
+            self.grad.stride(0), ONE=one, DIRECT=not places, BLOCK_E=ENCODER[0], BLOCK=block,
+            num_warps=4 if block > 32 else 1, num_stages=1,
         )  # fmt: skip
 
     def swept(self) -> Swept:
