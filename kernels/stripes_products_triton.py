@@ -145,9 +145,10 @@ def _outer_kernel(G, H, Ends, Grad, eighths, first, width, depth, n_features, EV
 
 @dataclass(frozen=True)
 class Tiles:
-    """Blocks of the products: decode (rows × features × hidden), backward (rows × hidden × features), outer (features
-    × hidden × rows); depth: hidden units in whole blocks.
-    """  # noqa: D205
+    """Blocks of the products, and hidden units in whole blocks (``depth``).
+
+    decode is rows × features × hidden units, backward rows × hidden units × features, outer features × hidden × rows.
+    """
 
     decode: Tile
     backward: Tile
@@ -156,7 +157,10 @@ class Tiles:
 
 
 def tiles(precision: str, per_expert: float, width: int, stripe: int, room: int = SHARED_BYTES[90]) -> Tiles:
-    """Return the blocks for rows per expert, hidden units, features of a stripe and bytes of shared memory."""
+    """Return the blocks for rows per expert, hidden units, features of a stripe and bytes of shared memory.
+
+    Rows of an expert are padded to tiles of 16, 32, 64 or 128; tiles are as wide as the compiler spills nothing.
+    """
     narrow = precision == "bf16"
     rows = next((block for block, below in ((16, 24), (32, 48), (64, 192)) if per_expert < below), 128)
     least = 64 if narrow else 32

@@ -9,7 +9,8 @@
 `sweep` goes through the features that are absent from the batch, whose gradient is whole then, and through the present
 ones for loss and dh only; `finish` decodes these again and adds the encoder's part. That is 6·B·k·m FLOP for an absent
 feature and 8 for a present one. x is 0 at first, and the few entries are corrected behind. Memory besides the table: G
-(places × S), and its like in float32 with more experts per sample or a shared one; copies of S rows; h and dh.
+(places × S), and its like in float32 with more experts per sample or a shared one; copies and gradients of S rows; h
+and dh. AdamW has a kernel of its own: behind a product, in its registers, the compiler spills.
 
 Moments in bfloat16 are rounded stochastically: the low 16 bits of a hash are added to float32's bits before these are
 cut, so that the mean is right and v does not stall at β₂ = .999. For the element ``index`` = i·P + column of the table

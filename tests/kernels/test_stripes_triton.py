@@ -167,7 +167,7 @@ def poisoned() -> None:
 
 def dense() -> list[str]:
     """Stripes that do not divide n, and one that is wider; tiles of rows and of hidden units; descriptors."""
-    case, wide = Case(n=290, batch=40), Case(m=40, batch=3)
+    case, wide = Case(n=270, batch=24, density=0.03), Case(m=40, batch=3)
     poisoned()
     return case.wrong() + wide.wrong(precision="tf32x3", stripe=256)
 
