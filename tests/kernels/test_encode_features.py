@@ -67,8 +67,8 @@ def test_a_dense_batch_and_its_gradient() -> None:
 def test_the_op_is_a_good_citizen() -> None:
     x, weight, ids = drawn(0.004, 4)
     sparse = x.to_sparse_csr()
-    parts = (sparse.crow_indices(), sparse.col_indices(), sparse.values(), weight.requires_grad_(), ids)
-    torch.library.opcheck(torch.ops.moesaic.encode_features.default, parts)
+    parts = [part().clone() for part in (sparse.crow_indices, sparse.col_indices, sparse.values)]
+    torch.library.opcheck(torch.ops.moesaic.encode_features.default, (*parts, weight.requires_grad_(), ids))
 
 
 def test_refusals() -> None:
