@@ -121,8 +121,8 @@ def decode_loss(
     """Return L = (1/B) Σ_b Σ_i I_i (x_bi − x'_bi)², a scalar of the weight's type, accumulated in float64.
 
     x' = ReLU(h Dᵀ + b), or with ``ids`` the gated sum over each sample's experts, added before the square; and the
-    shared expert's output. Differentiable in h, gates, weight, bias and the shared expert's three; for a tied model, the
-    encoder's part of weight's gradient comes through h. Memory beyond inputs and gradients is O(B · k · stripe + nnz).
+    shared expert's output. Differentiable in h, gates, weight, bias and the shared expert's three; for a tied model,
+    the encoder's part of weight's gradient comes through h. Memory beyond inputs and gradients is O(B·k·stripe + nnz).
 
     Args:
         h: (B, m), or (B, k, m) with ``ids``.
