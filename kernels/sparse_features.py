@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -171,7 +172,16 @@ def sample_csr(table: FeatureTable, batch_size: int, *, seeds: Tensor, step: int
         crow, cols, values = kernels.sample_subsets(cells, batch_size, seeds, step, stream)
     else:
         crow, cols, values = kernels.sample_events(cells, batch_size, seeds, step, stream)
+    hear_that_csr_is_in_beta()
     return torch.sparse_csr_tensor(crow, cols, values, size=(batch_size, cells.n), check_invariants=False)
+
+
+@cache
+def hear_that_csr_is_in_beta() -> None:
+    """Make torch say what it says once per process of CSR tensors, to nobody."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), check_invariants=False)
 
 
 def _on_cpu(cells: Cells, batch: int, seeds: Tensor, step: int, stream: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ from moesaic.kernels.feature_state import FeatureShape
 from moesaic.kernels.feature_step import feature_step
 from moesaic.kernels.feature_training import FeatureState, FeatureTraining
 from moesaic.kernels.features import FeatureTable, sample_features
+from moesaic.kernels.sparse_features import hear_that_csr_is_in_beta
 from moesaic.moe.checkpoint import load_checkpoint, save_checkpoint
 from moesaic.moe.config import Run, ToyConfig
 from moesaic.moe.data import feature_table, importance
@@ -128,14 +129,9 @@ def _draw(table: FeatureTable, run: Run, n_samples: int, seed: int, step: int, s
     seeds = torch.tensor([seed], device=device)
     if expected_active(run) > DENSE_SAMPLING * run.toy.n_features:
         dense = sample_features(table, n_samples, seeds=seeds, step=step, stream=stream)[0]
-        return _without_beta_warning(dense)
-    return sample_features(table, n_samples, seeds=seeds, step=step, stream=stream, layout=torch.sparse_csr)
-
-
-def _without_beta_warning(dense: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse")
+        hear_that_csr_is_in_beta()
         return dense.to_sparse_csr()
+    return sample_features(table, n_samples, seeds=seeds, step=step, stream=stream, layout=torch.sparse_csr)
 
 
 def train_large(

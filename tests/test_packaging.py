@@ -307,7 +307,7 @@ def examples_of_the_readme(language: str) -> list[str]:
 @pytest.mark.filterwarnings("default")
 def test_the_huggingface_example_of_the_readme_runs() -> None:
     names: dict[str, Any] = {}
-    exec(examples_of_the_readme("python")[3], names)
+    exec(examples_of_the_readme("python")[4], names)
     assert names["model"].config._experts_implementation == "moesaic"
     assert all(parameter.grad is not None for parameter in names["model"].parameters())
 
@@ -322,12 +322,16 @@ def test_the_example_of_expert_parallelism_runs(tmp_path: Path) -> None:
 
 def test_examples_of_the_readme_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text()
-    toy, routing, layer, _, ops = examples_of_the_readme("python")
+    toy, large, routing, layer, _, ops = examples_of_the_readme("python")
     assert len(toy.splitlines()) <= 10
     short = toy.replace("steps=2_000", "steps=100")
     assert short != toy
     exec(short, {})
     assert len(capsys.readouterr().out.splitlines()) == 2
+    exec(large.replace("steps=500", "steps=3"), {})
+    unexplained, step_s = map(float, capsys.readouterr().out.split())
+    assert 0.5 < unexplained < 3
+    assert step_s > 0
     names: dict[str, Any] = {}
     exec(routing, names)
     assert names["weights"].shape == names["ids"].shape == (4096, 8)
