@@ -12,6 +12,7 @@ from moesaic.kernels._backend import BACKENDS
 
 ROUTING_OPS = ("route_topk", "group_by_expert")
 GROUPED_OPS = ("grouped_matmul", "expert_mlp")
+FEATURE_OPS = ("sample_features", "encode_features", "feature_step")
 """Ops that heed ``MOESAIC_BACKEND`` everywhere; those of routing on a CPU, others never."""
 
 
@@ -114,6 +115,13 @@ def op_backends(device: str) -> list[Backend]:
     else:
         found = [Backend(op, routing[0], routing[1] + note) for op in ROUTING_OPS]
     found += [Backend(op, *_grouped(device, asked, numba_here)) for op in GROUPED_OPS]
+    for op in FEATURE_OPS:
+        runs, why = _grouped(device, asked, numba_here)
+        if runs == "torch":
+            runs, why = "none", "Numba is missing"
+        elif runs == "numba" and device != "cpu":
+            runs, why = "none", f"MOESAIC_BACKEND={asked} takes tensors on a CPU"
+        found.append(Backend(op, runs, why))
     return [*found, Backend("train_ensemble", training[0], training[1] + note)]
 
 

@@ -19,6 +19,10 @@ from moesaic.kernels.ensemble import train_ensemble as train_ensemble
 from moesaic.kernels.evaluate import EnsembleEvaluation as EnsembleEvaluation
 from moesaic.kernels.evaluate import evaluate_ensemble as evaluate_ensemble
 from moesaic.kernels.expert_mlp import expert_mlp as expert_mlp
+from moesaic.kernels.feature_state import FeatureShape as FeatureShape
+from moesaic.kernels.feature_step import feature_step as feature_step
+from moesaic.kernels.feature_training import FeatureState as FeatureState
+from moesaic.kernels.feature_training import FeatureTraining as FeatureTraining
 from moesaic.kernels.features import FeatureTable as FeatureTable
 from moesaic.kernels.features import sample_features as sample_features
 from moesaic.kernels.grouped_matmul import grouped_matmul as grouped_matmul

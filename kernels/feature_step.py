@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesaic.kernels._backend import uses_triton
 from moesaic.kernels.encode_features import encode_features
 from moesaic.kernels.feature_route import Route, encode
 from moesaic.kernels.feature_state import AdamStep, Columns, FeatureShape
@@ -105,6 +106,8 @@ def _check(state: FeatureState, x: Tensor, training: FeatureTraining) -> None:
         raise ValueError(f"decode={training.decode!r}: takes one of {', '.join(DECODES)}")
     if training.precision not in PRECISIONS:
         raise ValueError(f"precision={training.precision!r}: takes one of {', '.join(PRECISIONS)}")
+    if not uses_triton(state.table) and state.table.device.type != "cpu":
+        raise ValueError(f"MOESAIC_BACKEND=cpu: takes a state on a CPU, got one on {state.table.device}")
     if state.step >= training.lr.shape[0]:
         raise ValueError(f"lr: has {training.lr.shape[0]} steps, all done; got step {state.step}")
     if training.decode != "sampled":

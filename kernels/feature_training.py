@@ -65,7 +65,7 @@ class FeatureState:
     exp_avg_sq: Tensor
     seen: Tensor
     step: int = 0
-    _schedules: dict[int, LazySchedule] = field(default_factory=dict, repr=False)
+    _schedule: tuple[FeatureTraining, LazySchedule] | None = field(default=None, repr=False)
 
     @classmethod
     def zeros(
@@ -81,15 +81,14 @@ class FeatureState:
         )  # fmt: skip
 
     def schedule(self, training: FeatureTraining) -> LazySchedule:
-        """Return the tables of the training's learning rates, made once."""
-        found = self._schedules.get(id(training.lr))
-        if found is None:
-            found = LazySchedule.of(
+        """Return the tables of the training's learning rates, made once for one training."""
+        if self._schedule is None or self._schedule[0] is not training:
+            schedule = LazySchedule.of(
                 training.lr, beta1=training.beta1, beta2=training.beta2, eps=training.eps,
                 weight_decay=training.weight_decay,
             )  # fmt: skip
-            self._schedules = {id(training.lr): found}
-        return found
+            self._schedule = (training, schedule)
+        return self._schedule[1]
 
     def settle(self, training: FeatureTraining, *, rows: int = 65_536) -> None:
         """Bring all rows up to date, ``rows`` at a time."""

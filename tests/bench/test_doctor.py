@@ -11,7 +11,7 @@ import torch
 
 from moesaic import kernels
 from moesaic.bench import environment
-from moesaic.bench.doctor import GROUPED_OPS, ROUTING_OPS, diagnose, energy_meters, op_backends
+from moesaic.bench.doctor import FEATURE_OPS, GROUPED_OPS, ROUTING_OPS, diagnose, energy_meters, op_backends
 
 
 def test_the_diagnosis_describes_this_machine() -> None:
@@ -33,19 +33,19 @@ def test_the_diagnosis_describes_this_machine() -> None:
 
 
 def test_every_op_it_names_exists() -> None:
-    named = [*ROUTING_OPS, *GROUPED_OPS, "train_ensemble"]
+    named = [*ROUTING_OPS, *GROUPED_OPS, *FEATURE_OPS, "train_ensemble"]
     assert [op for op in named if not callable(getattr(kernels, op, None))] == []
     assert [op.op for op in op_backends("cpu")] == named
 
 
 def test_the_implementation_follows_device_and_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MOESAIC_BACKEND", raising=False)
-    assert [op.runs for op in op_backends("cpu")] == ["numba"] * 5
-    assert [op.runs for op in op_backends("cuda")] == ["triton"] * 5
+    assert [op.runs for op in op_backends("cpu")] == ["numba"] * 8
+    assert [op.runs for op in op_backends("cuda")] == ["triton"] * 8
     monkeypatch.setitem(sys.modules, "numba", None)
     assert [op.runs for op in op_backends("cpu")[:4]] == ["torch"] * 4
-    missing = op_backends("cpu")[-1]
-    assert (missing.runs, "Numba is missing" in missing.why) == ("none", True)
+    for missing in op_backends("cpu")[4:]:
+        assert (missing.runs, "Numba is missing" in missing.why) == ("none", True)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,9 @@ def test_the_backend_that_was_asked_for(
         if op.op in GROUPED_OPS or (device == "cpu" and op.op in ROUTING_OPS):
             assert op.runs == runs
             assert why in op.why
+        elif op.op in FEATURE_OPS:
+            assert op.runs == ("none" if value == "cpu" else runs)
+            assert "MOESAIC_BACKEND" in op.why
         else:
             assert f"MOESAIC_BACKEND={value} is for grouped_matmul and expert_mlp" in op.why
     assert f"MOESAIC_BACKEND  {value}" in str(diagnose())
