@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 import pytest
@@ -108,7 +108,7 @@ def activations() -> list[str]:
     names = [(name, kind) for name in ("none", *ACTIVATIONS) for kind in (False, True) if name in GATED or not kind]
     return [
         text
-        for (name, interleaved), tile in product(names, tiles())
+        for (name, interleaved), tile in zip(names, cycle([*tiles(), *reversed([*tiles()])]), strict=False)
         for text in check_rows(COUNTS["empty experts"], 40, 24, name, interleaved, "n", tile, torch.float32)
     ]
 
@@ -121,6 +121,7 @@ def layouts() -> list[str]:
             ("n", "k", "odd n", "odd k", "neither"), tiles(), (("relu2", False), ("swiglu", True)),
             (torch.float32, torch.float16),
         )
+        if dtype == torch.float32 or (layout in ("n", "odd k") and interleaved)
         for text in check_rows([3, 0, 20], 48, 24, name, interleaved, layout, tile, dtype)
     ]  # fmt: skip
 
@@ -143,7 +144,7 @@ def edges() -> list[str]:
     tile = Tile(16, 32, 64, swap=True)
     for counts, skipped, (depth, n_out) in (
         ([0], 0, (47, 97)), ([1], 0, (577, 3)), ([0, 0, 0], 4, (5, 9)), ([1] * 31, 0, (47, 97)),
-        ([63, 0, 0, 0, 0, 0, 0], 1, (577, 3)), ([219, 2246, 5, 8103, 1, 1117, 4693, 0], 0, (5, 3)),
+        ([63, 0, 0, 0, 0, 0, 0], 1, (577, 3)), ([27, 281, 5, 1013, 1, 139, 587, 0], 0, (5, 3)),
     ):  # fmt: skip
         many = sum(counts) > 1000
         found += check_rows(counts, depth, n_out, "swiglu", False, "n", Tile(128, 16, 16) if many else tile,
@@ -340,7 +341,7 @@ def strided() -> list[str]:
             found.append(f"gate weights of strides {given.stride()}")
     for tokens, width, d_ff, k in ((12, 24, 18, 0), (12, 0, 18, 1), (12, 24, 0, 1), (0, 24, 18, 0)):
         shapes = {"x": (tokens, width), "gate_up": (3, width, 2 * d_ff), "down": (3, d_ff, 5), "weights": (tokens, k)}
-        for dtype in (torch.float32, torch.float16):
+        for dtype in (torch.float32, torch.float16)[: 2 if k == 0 and tokens else 1]:
             leaves = {name: draw(*size, seed=0, dtype=dtype) for name, size in shapes.items()}
             options = {"ids": torch.zeros(tokens, k, dtype=torch.int64)}
             y, *grads = with_gradients(expert_mlp, leaves, torch.ones(tokens, 5), dtype, options)
