@@ -157,7 +157,7 @@ def _arguments(
         wide, shared = wide.bfloat16().float(), shared.bfloat16().float()
     return [
         columns.features.numpy(), columns.starts.numpy(), columns.samples.numpy(), columns.values.numpy(),
-        table.numpy(), shape.n_columns, *moments(exp_avg, exp_avg_sq), np.uint32(key), first_columns(shape),
+        table.numpy(), *moments(exp_avg, exp_avg_sq), np.uint32(key), first_columns(shape),
         importance.numpy(), np.float32(2 * scale), factors(adam), adam is not None, rounds,
         wide.numpy(), shared.numpy(), assignment.offsets.numpy(), assignment.samples.numpy(), assignment.gates.numpy(),
         np.arange(batch), np.ones(batch, np.float32),

@@ -71,8 +71,8 @@ def _round_bf16(values):
 
 
 @njit(nogil=True, error_model="numpy", fastmath=LINEWISE)
-def _adamw_row(theta, grad, avg, sq, adam):
-    """One row by the factors of `AdamStep`: β₁, β₂, eps, keep, step size, root."""
+def _adamw(theta, grad, avg, sq, adam):
+    """AdamW by the factors of `AdamStep`: β₁, β₂, eps, keep, step size, root."""
     one1, b2, one2 = np.float32(1.0 - adam[0]), np.float32(adam[1]), np.float32(1.0 - adam[1])
     small, keep, size, root = np.float32(adam[2]), np.float32(adam[3]), np.float32(adam[4]), np.float32(adam[5])
     for c in range(grad.shape[0]):
@@ -104,18 +104,21 @@ def _narrowed(values, bits, first, key, salt):
 
 
 @njit(nogil=True, error_model="numpy")
-def _update(i, n_columns, table, grad, avg, sq, avg16, sq16, key, scratch, adam):
-    """AdamW on row i; moments are avg and sq, or the bfloat16 bits avg16 and sq16 where those are empty."""
-    theta = table[i, :n_columns]
+def _update(first, rows, table, grad, avg, sq, avg16, sq16, key, scratch, adam):
+    """AdamW on consecutive rows; moments are avg and sq, or the bfloat16 bits avg16 and sq16 where those are empty.
+
+    ``grad`` is theirs, flat and, like the padding of the table, zero where there is no parameter.
+    """
+    theta, size = table[first : first + rows].reshape(-1), rows * table.shape[1]
     if avg.shape[0] > 0:
-        _adamw_row(theta, grad, avg[i, :n_columns], sq[i, :n_columns], adam)
+        _adamw(theta, grad, avg[first : first + rows].reshape(-1), sq[first : first + rows].reshape(-1), adam)
         return
-    _widened(avg16[i, :n_columns], scratch[0, :n_columns])
-    _widened(sq16[i, :n_columns], scratch[1, :n_columns])
-    _adamw_row(theta, grad, scratch[0, :n_columns], scratch[1, :n_columns], adam)
-    first = np.int64(i) * table.shape[1]
-    _narrowed(scratch[0, :n_columns], avg16[i, :n_columns], first, key, np.uint32(0))
-    _narrowed(scratch[1, :n_columns], sq16[i, :n_columns], first, key, np.uint32(0x9E3779B9))
+    bits, square_bits = avg16[first : first + rows].reshape(-1), sq16[first : first + rows].reshape(-1)
+    _widened(bits, scratch[0, :size])
+    _widened(square_bits, scratch[1, :size])
+    _adamw(theta, grad, scratch[0, :size], scratch[1, :size], adam)
+    _narrowed(scratch[0, :size], bits, first * table.shape[1], key, np.uint32(0))
+    _narrowed(scratch[1, :size], square_bits, first * table.shape[1], key, np.uint32(0x9E3779B9))
 
 
 @njit(nogil=True, error_model="numpy", inline="always")
@@ -203,7 +206,7 @@ def _addresses(array, rows, step):
 @njit(nogil=True, error_model="numpy", cache=True)
 def sweep(
     begin, end, listed, features, starts, entries, values,
-    table, n_columns, avg, sq, avg16, sq16, key, columns, importance, twice, adam, updates, rounds,
+    table, avg, sq, avg16, sq16, key, columns, importance, twice, adam, updates, rounds,
     h, h0, offsets, samples, gates, everyone, ones, dh, dh0, dgates, totals,
     places, final_dh, final_dh0, dlogits, library=LIBRARY,
 ):  # fmt: skip
@@ -231,7 +234,7 @@ def sweep(
     turned = aligned(importance, (wide + m0) * PANEL).reshape(wide + m0, PANEL)
     lanes = aligned(importance, 3 * PANEL).reshape(3, PANEL)
     rows, used = np.zeros((PANEL, stride), np.float32), np.zeros((PANEL, stride), np.float32)
-    grad, scratch = np.zeros((PANEL, n_columns), np.float32), np.empty((2, stride), np.float32)
+    grad, scratch = np.zeros((PANEL, stride), np.float32), np.empty((2, PANEL * stride), np.float32)
     biases, db = aligned(importance, n_groups * PANEL), np.zeros((n_groups, PANEL), np.float32)
     ids, first_entry, last_entry = np.zeros(PANEL, np.int64), np.zeros(PANEL, np.int64), np.zeros(PANEL, np.int64)
     total = np.zeros(PANEL, np.float64)
@@ -356,28 +359,32 @@ def sweep(
             _turn(tile, turned, wide, m0, grad, shared_decoder)
 
         for i in range(count):
-            if last_entry[i] > first_entry[i] and not listed:
-                continue
             for g in range(n_groups):
                 grad[i, bias + g] = db[g, i]
-            for j in range(first_entry[i], last_entry[i]):
-                b, x = entries[j], values[j]
-                for slot in range(places.shape[1]):
-                    place = places[b, slot]
-                    e = np.searchsorted(offsets, place, side="right") - 1
-                    for c in range(m):
-                        grad[i, encoder + e * m + c] += x * final_dh[place, c]
-                for c in range(m0):
-                    grad[i, shared_encoder + c] += x * final_dh0[b, c]
-                for c in range(dlogits.shape[1]):
-                    grad[i, router + c] += x * dlogits[b, c]
-            _update(ids[i], n_columns, table, grad[i], avg, sq, avg16, sq16, key, scratch, adam)
+        if listed:
+            for i in range(count):
+                for j in range(first_entry[i], last_entry[i]):
+                    b, x = entries[j], values[j]
+                    for slot in range(places.shape[1]):
+                        place = places[b, slot]
+                        e = np.searchsorted(offsets, place, side="right") - 1
+                        for c in range(m):
+                            grad[i, encoder + e * m + c] += x * final_dh[place, c]
+                    for c in range(m0):
+                        grad[i, shared_encoder + c] += x * final_dh0[b, c]
+                    for c in range(dlogits.shape[1]):
+                        grad[i, router + c] += x * dlogits[b, c]
+                _update(ids[i], one, table, grad[i], avg, sq, avg16, sq16, key, scratch, adam)
+            continue
+        # Absent features that are neighbours are updated at once.
+        i = 0
+        while i < count:
+            run = i
+            while run < count and last_entry[run] == first_entry[run]:
+                run += 1
+            if run > i:
+                _update(
+                    first + i, run - i, table, grad[i:run].reshape(-1), avg, sq, avg16, sq16, key, scratch, adam
+                )  # fmt: skip
+            i = run + 1
     totals[:] += total
-
-
-@njit(nogil=True, error_model="numpy", cache=True)
-def update_rows(begin, end, ids, table, n_columns, grad, avg, sq, avg16, sq16, key, adam, library=LIBRARY):
-    """AdamW on rows ids[begin:end], with a row of ``grad`` each."""
-    scratch = np.empty((2, table.shape[1]), np.float32)
-    for i in range(begin, end):
-        _update(ids[i], n_columns, table, grad[i], avg, sq, avg16, sq16, key, scratch, adam)
