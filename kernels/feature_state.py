@@ -155,3 +155,13 @@ class AdamStep:
         return cls(
             beta1, beta2, eps, 1 - lr * weight_decay, lr / (1 - beta1 ** (step + 1)), (1 - beta2 ** (step + 1)) ** -0.5
         )
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep gives: the loss (float64 scalar), dh (A, m), dw (A,), and dh⁰ (B, m_0) or None; all of L."""
+
+    loss: Tensor
+    dh: Tensor
+    dgates: Tensor
+    shared_dh: Tensor | None

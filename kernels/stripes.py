@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,21 +19,11 @@ from torch import Tensor
 from moesaic.kernels._backend import uses_triton
 from moesaic.kernels._extras import numba_twin
 from moesaic.kernels._threads import in_parts
-from moesaic.kernels.feature_state import AdamStep, Assignment, Columns, FeatureShape
+from moesaic.kernels.feature_state import AdamStep, Assignment, Columns, FeatureShape, Swept
 
 PARTS = 16
 """Sums that the CPU joins in order, whatever its threads."""
 PRECISIONS = ("ieee", "tf32x3", "bf16")
-
-
-@dataclass(frozen=True)
-class Swept:
-    """What a sweep gives: the loss (float64 scalar), dh (A, m), dw (A,), and dh⁰ (B, m_0) or None; all of L."""
-
-    loss: Tensor
-    dh: Tensor
-    dgates: Tensor
-    shared_dh: Tensor | None
 
 
 def sweep(

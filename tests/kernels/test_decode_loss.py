@@ -78,6 +78,54 @@ def test_every_subset_of_gradients(problem: dict[str, Tensor], wanted: tuple[str
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+def mixture(dtype: torch.dtype) -> dict[str, Tensor]:
+    """A mixture's parts: four experts, two of them chosen by each sample, and a shared one."""
+    generator = torch.Generator().manual_seed(7)
+    sizes = {
+        "h": (B, 2, M),
+        "gates": (B, 2),
+        "weight": (4, N, M),
+        "bias": (4, N),
+        "h0": (B, 3),
+        "w0": (N, 3),
+        "b0": (N,),
+    }
+    return {
+        name: torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype) for name, size in sizes.items()
+    }
+
+
+IDS = torch.tensor([[0, 1], [3, 0], [1, 0], [0, 3], [1, 3], [3, 1], [0, 1], [1, 0], [3, 0]])  # the third has none
+
+
+def mixture_loss(parts: dict[str, Tensor], x: Tensor, importance: Tensor) -> Tensor:
+    every = torch.relu(torch.einsum("bjm,enm->bjen", parts["h"], parts["weight"]) + parts["bias"])
+    chosen = every[torch.arange(B)[:, None], torch.arange(2), IDS]
+    out = (chosen * parts["gates"][..., None]).sum(1) + torch.relu(parts["h0"] @ parts["w0"].T + parts["b0"])
+    return ((out - x).square() * importance).sum() / B
+
+
+@pytest.mark.parametrize("stripe", [8, 37])
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float64, 1e-12), (torch.float32, 3e-6)])
+def test_a_mixture_with_a_shared_expert(
+    problem: dict[str, Tensor], stripe: int, dtype: torch.dtype, allowed: float
+) -> None:
+    mine = {name: part.requires_grad_() for name, part in mixture(dtype).items()}
+    theirs = {name: part.requires_grad_() for name, part in mixture(torch.float64).items()}
+    x, importance = problem["x"], problem["importance"]
+    ours = decode_loss(
+        mine["h"], laid_out(x.to(dtype), "csr"), mine["weight"], mine["bias"], importance.to(dtype), ids=IDS,
+        gates=mine["gates"], shared=(mine["h0"], mine["w0"], mine["b0"]), stripe=stripe,
+    )  # fmt: skip
+    truth = mixture_loss(theirs, x.double(), importance.double())
+    assert abs(float(ours.detach().double() / truth.detach()) - 1) < allowed
+    got, expected = (torch.autograd.grad(loss * 1.7, list(p.values())) for loss, p in ((ours, mine), (truth, theirs)))
+    for name, a, b in zip(mine, got, expected, strict=True):
+        error = float((a - b).abs().max() / b.square().mean().sqrt())
+        assert error < 10 * allowed, name
+    assert not got[2][2].any()
+
+
 def test_gradient_of_a_dense_input(problem: dict[str, Tensor]) -> None:
     x = problem["x"].double().requires_grad_()
     assert torch.autograd.gradcheck(encode_features, (x, problem["weight"].double().requires_grad_()))
@@ -120,5 +168,9 @@ def test_refusals(problem: dict[str, Tensor]) -> None:
         decode_loss(h[1:], x, weight, bias)
     with pytest.raises(ValueError, match="bias: takes"):
         decode_loss(h, x, weight, bias[1:])
+    with pytest.raises(ValueError, match="gates: takes None without ids"):
+        decode_loss(h, x, weight, bias, gates=torch.ones(B, 1))
+    with pytest.raises(ValueError, match=r"weight: takes \(E, n, m\)"):
+        decode_loss(h, x, weight, bias, ids=IDS)
     with pytest.raises(ValueError, match="stripe=0"):
         decode_loss(h, x, weight, bias, stripe=0)

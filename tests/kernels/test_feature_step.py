@@ -141,6 +141,23 @@ def test_fifty_steps(name: str, gate: str) -> None:
     assert max(error(named[part], value.detach()) for part, value in dense.parts.items()) < 2e-4
 
 
+@pytest.mark.parametrize("shape", [FeatureShape(20_000, 6, routed=False), FeatureShape(20_000, 4, 8, 2, 3)])
+def test_twenty_thousand_features_on_random_slices(shape: FeatureShape) -> None:
+    state, training, x = started(shape), settings(shape, "switch"), batch(20_000, 1, 5e-4)
+    dense = Dense(state, training)
+    ours = feature_step(state, x.to_sparse_csr(), training)
+    loss, _, gradients = dense.step(x)
+    assert abs(float(ours.loss) / loss - 1) < 1e-5
+    some = torch.randperm(20_000, generator=torch.Generator().manual_seed(9))[:500]
+    some = torch.cat([some, x.any(0).nonzero()[:50, 0]])
+    moments = shape.named(state.exp_avg)
+    for name, gradient in gradients.items():
+        axis = 0 if name.startswith("shared") else 1
+        mine = moments[name].index_select(axis, some) / (1 - training.beta1)
+        # The encoder's gradient is of dh, a sum of 20,000 terms in float32.
+        assert error(mine, gradient.index_select(axis, some)) < 5e-5, name
+
+
 @pytest.mark.parametrize("name", ["k = 2", "shared"])
 def test_the_tolerance_can_fail(name: str) -> None:
     shape, x = SHAPES[name], batch(N, 1)
