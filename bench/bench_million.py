@@ -25,6 +25,7 @@ from moesaic.bench.memory import peak_bytes
 from moesaic.bench.million_breakdown import breakdown
 from moesaic.bench.million_cases import Model, Sizes, Stepper, draw_batches, sizes_of
 from moesaic.bench.million_figure import draw
+from moesaic.bench.million_limit import compiled_kernels, step_limits
 from moesaic.bench.million_peers import CHUNK, TorchStep, disagreement
 from moesaic.bench.plan import InputError, Row
 from moesaic.kernels.feature_step import scratch_bytes
@@ -262,6 +263,8 @@ def run(options: Options) -> Findings:
         options.say(f"bench million, E = {n_experts}: dense / MoE = {experts[-1][1].speedup['median']:.3g}")
     rows += [moe.row("experts", **ratios(dense, moe)) for dense, moe in experts]
     samplers = sampler_rows(sizes, device)
+    limits, roofline = step_limits()
+    kernels, compiled = compiled_kernels()
     tables = [
         Table(
             f"A training step at n = {sizes.n_features:,}, B = {sizes.batch}, p = {sizes.probability:g}; a copy moves "
@@ -269,8 +272,16 @@ def run(options: Options) -> Findings:
             (*STEP_NOTES, *(f"{name}: {how}, the faster here." for name, how in peers.items()), *failures),
         ),
         where, curve_table(curve, fits), experts_table(experts), sampler_table(samplers),
+        limits, kernels,
     ]  # fmt: skip
-    extra = {"copy_bytes_per_s": bandwidth, "exponents": fits, "peers": peers, "sampled_gap": gap}
+    extra = {
+        "copy_bytes_per_s": bandwidth,
+        "exponents": fits,
+        "peers": peers,
+        "roofline": roofline,
+        "compiler": compiled,
+        "sampled_gap": gap,
+    }
     return Findings(rows + samplers, tables, partial(draw, rows, fits), extra, failures)
 
 
