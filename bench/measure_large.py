@@ -44,11 +44,13 @@ ENOUGH = 1000
 """Expected activations in training from which on a feature can have been learned."""
 LEARNED_BELOW = 0.5
 """Share of its variance that a feature's held-out error stays below if it was learned."""
-EXACT_STEPS = 3
+TIMED_STEPS = 3
+NEGATIVES = 4096
+"""Features drawn by the sampled steps that are timed."""
 GEOMETRY = ("mean_dimensionality", "superposition", "monosemantic_share")
 LARGE_METRICS = (
     "null_loss", "untrained_loss", "untrained_unexplained_variance", "untrained_features_per_dimension", "step_s",
-    "exact_step_s", "n_frequent", "n_restricted", *(f"{name}_restricted" for name in GEOMETRY),
+    "exact_step_s", "sampled_step_s", "n_frequent", "n_restricted", *(f"{name}_restricted" for name in GEOMETRY),
 )  # fmt: skip
 """Columns besides `moesaic.bench.measure.METRICS`; all None in a failed row."""
 
@@ -66,8 +68,9 @@ def train_and_measure_large(
       what the machine does; ``executed_flops`` are those with what is computed twice, ``bytes`` those that a step has
       to move, per sample.
     ``untrained_*``  of the model before its first step.
-    ``step_s``  median seconds of a training step; ``exact_step_s`` the median of three exact steps on the trained
-      model, after it was measured; no part of its training.
+    ``step_s``  median seconds of a training step; ``exact_step_s`` and ``sampled_step_s`` the medians of three steps on
+      the trained model, after it was measured and no part of its training; sampled with 4,096 negatives, None up to
+      that many features and for moments in bfloat16.
     ``peak_memory_bytes``  most memory held while training beyond what was held before; None if the system does not say.
     ``n_frequent``  features with at least 1,000 expected activations in training, steps·B·p; ``n_restricted`` those of
       them whose held-out squared error is below half of their variance. ``*_restricted`` are the metrics over them.
@@ -94,7 +97,8 @@ def train_and_measure_large(
     error, found = result.failed, dict.fromkeys((*METRICS, *LARGE_METRICS))
     if error is None:
         held = evaluate_large(run, result.state, n_samples=HELD_OUT)
-        metrics = _metrics(result, held) | untrained | {"exact_step_s": exact_step_s(result, device)}
+        metrics = _metrics(result, held) | untrained
+        metrics |= {f"{decode}_step_s": timed_step_s(result, device, decode) for decode in ("exact", "sampled")}
         found |= {name: _finite(value) for name, value in metrics.items()}
         if found["loss"] is None:
             error, found = f"held-out loss is {held.loss}", dict.fromkeys(found)
@@ -138,7 +142,8 @@ def _metrics(result: LargeResult, held: LargeEvaluation) -> Row:
     live = torch.cat([(held.usage > 0).cpu(), torch.ones(geometry.norm.shape[0] - run.toy.n_experts, dtype=torch.bool)])
     histogram = dimensionality_histogram(entries.dimensionality.flatten(), entries.carried.flatten())
     return {
-        "loss": held.loss / divisor, "null_loss": held.null_loss / divisor, "unexplained_variance": held.loss / _null(run, held),
+        "loss": held.loss / divisor, "null_loss": held.null_loss / divisor,
+        "unexplained_variance": held.loss / _null(run, held),
         "load_balance_loss": None,
         "train_loss": float(result.losses[-LAST_BATCHES:].mean()) if run.training.steps else None,
         **_per_dimension(run, state, held),
@@ -251,21 +256,22 @@ def _monosemantic(geometry: FeatureGeometry, live: Tensor, chosen: Tensor) -> fl
     return int((exists & geometry.monosemantic()).sum()) / count if count else math.nan
 
 
-def exact_step_s(result: LargeResult, device: str) -> float:
-    """Median seconds of three exact steps on the trained model, whose learning rate is 0: it stays what it is."""
+def timed_step_s(result: LargeResult, device: str, decode: str) -> float | None:
+    """Median seconds of three steps on the trained model, whose learning rate is 0: it stays what it is."""
     run, trained = result.run, result.state
+    n, sampled = run.toy.n_features, decode == "sampled"
+    if sampled and (n <= NEGATIVES or trained.exp_avg.dtype != torch.float32):
+        return None
     training = replace(
-        settings(run, device), decode="exact", n_negatives=0, weight_decay=0.0,
-        lr=torch.zeros(EXACT_STEPS + 1, dtype=torch.float64),
+        settings(run, device), decode=decode, n_negatives=NEGATIVES if sampled else 0,
+        lr=torch.zeros(TIMED_STEPS + 1, dtype=torch.float64),
     )  # fmt: skip
-    state = FeatureState(
-        trained.shape, trained.table, trained.exp_avg, trained.exp_avg_sq, trained.seen.new_zeros(0), step=0
-    )
-    batches = [sparse_batch(run, run.training.steps + step, device=device) for step in range(EXACT_STEPS + 1)]
-    waiting = iter(batches)
+    seen = torch.zeros(n if sampled else 0, dtype=torch.int32, device=trained.table.device)
+    state = FeatureState(trained.shape, trained.table, trained.exp_avg, trained.exp_avg_sq, seen)
+    waiting = iter([sparse_batch(run, run.training.steps + step, device=device) for step in range(TIMED_STEPS + 1)])
     step = clock(lambda _: feature_step(state, next(waiting), training), device)
     step(1)
-    return statistics.median(step(1) for _ in range(EXACT_STEPS))
+    return statistics.median(step(1) for _ in range(TIMED_STEPS))
 
 
 def compute(run: Run) -> Row:
@@ -299,6 +305,14 @@ def compute(run: Run) -> Row:
         "active_parameters": work.active_parameters, "total_width": work.total_width,
         "active_width": work.active_width,
     }  # fmt: skip
+
+
+def sparse_flops(run: Run, decode: str) -> int:
+    """``sparse_flops`` of an exact or a sampled step, whatever the run's own decoding."""
+    training = replace(run.training, decode=decode, n_negatives=NEGATIVES if decode == "sampled" else 0, moments="fp32")
+    flops = compute(replace(run, training=training))["sparse_flops"]
+    assert isinstance(flops, int)
+    return flops
 
 
 def present_features(run: Run) -> float:

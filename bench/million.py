@@ -4,14 +4,15 @@
 dense width; the exponent is the largest round one with p_1 ≤ 1 at n = 1,000. Growing n adds rare features.
 
 **Architectures.** dense m = 64; E = 16, k = 1, m = 4, which has the dense model's total width E·m; E = 4, k = 1,
-m = 64, which has its active width k·m, so that encoding and decoding cost the same FLOPs, 384·n + 2,048 per sample. Its
-router's, 4·E per active feature, come on top: 128 per sample, or 2.5 % where encoding multiplies absent features too, as
-``active_flops`` counts. Its weights are four times as many.
+m = 64, which has its active width k·m, so that encoding and decoding cost the same FLOPs, 384·n + 2,048 per sample.
+Its router's, 4·E per active feature, come on top: 128 per sample, or 2.5 % where encoding multiplies absent features
+too, as ``active_flops`` counts. Its weights are four times as many.
 
-**Training.** ``large_n`` initial values, loss summed over features, AdamW with eps 1e-15, cosine, batch 256. Up to
-n = 8,192 every feature is decoded; beyond, 4,096 drawn ones and the present ones, an unbiased estimate of the gradient.
-Steps are the same for all n: an absent feature has a gradient in one of n/4,096 steps, and a rare one hardly any
-activations. The restricted metrics say how many features have had enough of them.
+**Training.** Small initial values: unit rows of a million features add up to hundreds of times the data's variance, and
+shrinking them would take most of such a run. The loss is summed over features, AdamW has eps 1e-15; cosine, batch 256.
+Every feature is decoded: an exact step costs less than a sampled one up to some 10⁵ features, and trains all rows. Steps
+are the same for all n, and few: the rarest features are never seen. The restricted metrics say how many were seen often
+enough, and learned.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from moesaic.moe.config import FeatureConfig, Run, ToyConfig, TrainConfig
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
 QUICK_SIZES = (1_000, 10_000, 100_000)
 ACTIVE, EXPONENT = 8.0, 0.9
-NEGATIVES, BATCH = 4096, 256
-STEPS, QUICK_STEPS = 500, 100
-SEEDS = 2
+BATCH = 256
+STEPS, QUICK_STEPS = 200, 100
+SEEDS, SEEDS_OF_LARGEST, LARGEST = 2, 1, 100_000
+"""Seeds; beyond so many features, one."""
 LOAD_BALANCE = 0.01
 CHECKPOINT_EVERY = 1000
 """Steps; shorter runs are sooner done again than their state is written."""
@@ -49,7 +51,7 @@ class Architecture:
     def toy(self, n_features: int) -> ToyConfig:
         """Its configuration with so many features."""
         gate = "switch" if self.n_experts > 1 else "paper"
-        return ToyConfig(n_features, self.n_hidden, self.n_experts, 1, gate, parametrization="large_n")
+        return ToyConfig(n_features, self.n_hidden, self.n_experts, 1, gate, parametrization="small")
 
 
 ARCHITECTURES = (
@@ -65,17 +67,15 @@ def features(n: int) -> FeatureConfig:
 
 
 def planned(
-    sizes: Sequence[int], seeds: int, steps: int, *, architectures: Sequence[Architecture] = ARCHITECTURES
+    sizes: Mapping[int, int], steps: int, *, architectures: Sequence[Architecture] = ARCHITECTURES
 ) -> list[PlannedRun]:
-    """Every architecture at every n, seed by seed, small n first."""
+    """Every architecture at every n of ``sizes``, with so many seeds."""
     found = []
-    for n in sizes:
+    for n, seeds in sizes.items():
         for item in architectures:
-            sampled = n > 2 * NEGATIVES
             training = TrainConfig(
                 steps=steps, batch_size=BATCH, lr=item.lr, schedule="cosine", eps=1e-15, reduction="sum",
                 load_balance=LOAD_BALANCE if item.n_experts > 1 else 0.0,
-                decode="sampled" if sampled else "exact", n_negatives=NEGATIVES if sampled else 0,
             )  # fmt: skip
             labels = {"stage": "main", "dataset": f"n = {n:,}", "architecture": item.label}
             if item.comparison:
@@ -112,10 +112,12 @@ def clean(out: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def _stages(quick: bool, seeds: int | None) -> list[Stage]:
-    count = seeds if seeds is not None else 1 if quick else SEEDS
+    def count(n: int) -> int:
+        return seeds if seeds is not None else SEEDS_OF_LARGEST if quick or n > LARGEST else SEEDS
 
     def main(_: list[Row]) -> list[PlannedRun]:
-        return planned(QUICK_SIZES if quick else SIZES, count, QUICK_STEPS if quick else STEPS)
+        sizes = {n: count(n) for n in (QUICK_SIZES if quick else SIZES)}
+        return planned(sizes, QUICK_STEPS if quick else STEPS)
 
     return [main]
 
@@ -128,8 +130,3 @@ MILLION = TrainerPreset(
     appended=clean,
     max_models=1,
 )
-
-
-def is_million(rows: Sequence[Mapping[str, object]]) -> bool:
-    """Whether a folder's rows are those of models with very many features."""
-    return any("untrained_features_per_dimension" in row for row in rows)
