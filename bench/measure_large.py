@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -82,6 +83,16 @@ def train_and_measure_large(
         progress: as `train_large` wants it.
         checkpoint: as `train_large` wants it; removed by the caller.
     """
+    with warnings.catch_warnings():
+        # Advice on speed, said of every run, and PyTorch's word on sparse tensors.
+        for words in (".*encoding multiplies dense stripes", "Sparse CSR tensor support"):
+            warnings.filterwarnings("ignore", words)
+        return _train_and_measure(item, device, progress, checkpoint)
+
+
+def _train_and_measure(
+    item: PlannedRun, device: str, progress: Callable[[int, float], None], checkpoint: Path | None
+) -> Row:
     run = item.run
     first = untrained_large(run, device)
     before = evaluate_large(run, first, n_samples=HELD_OUT)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -101,7 +102,9 @@ def draw_batches(n: int, batch: int, probability: float, device: str, count: int
     """Return sparse batches (B, n) of independent features that are equally probable."""
     table = FeatureTable(torch.tensor([INDEPENDENT]), torch.full((1, n), probability), torch.tensor([1]))
     seeds = torch.tensor([0], device=device)
-    return [sample_features(table, batch, seeds=seeds, step=s, layout=torch.sparse_csr) for s in range(count)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support")
+        return [sample_features(table, batch, seeds=seeds, step=s, layout=torch.sparse_csr) for s in range(count)]
 
 
 @dataclass
