@@ -6,6 +6,7 @@ entries of the sparse held-out batch.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import warnings
@@ -45,7 +46,8 @@ ENOUGH = 1000
 """Expected activations in training from which on a feature can have been learned."""
 LEARNED_BELOW = 0.5
 """Share of its variance that a feature's held-out error stays below if it was learned."""
-TIMED_STEPS = 3
+TIMED_STEPS, MOST_TIMED_STEPS, TIMED_S = 3, 21, 1.0
+"""Steps that are timed: at least so many, at most so many, and none more after a second."""
 NEGATIVES = 4096
 """Features drawn by the sampled steps that are timed."""
 GEOMETRY = ("mean_dimensionality", "superposition", "monosemantic_share")
@@ -69,9 +71,9 @@ def train_and_measure_large(
       what the machine does; ``executed_flops`` are those with what is computed twice, ``bytes`` those that a step has
       to move, per sample.
     ``untrained_*``  of the model before its first step.
-    ``step_s``  median seconds of a training step; ``exact_step_s`` and ``sampled_step_s`` the medians of three steps on
-      the trained model, after it was measured and no part of its training; sampled with 4,096 negatives, None up to
-      that many features and for moments in bfloat16.
+    ``step_s``  median seconds of a training step; ``exact_step_s`` and ``sampled_step_s`` the medians of three steps or
+      more on the trained model, after it was measured and no part of its training; sampled with 4,096 negatives, None
+      up to that many features and for moments in bfloat16.
     ``peak_memory_bytes``  most memory held while training beyond what was held before; None if the system does not say.
     ``n_frequent``  features with at least 1,000 expected activations in training, steps·B·p; ``n_restricted`` those of
       them whose held-out squared error is below half of their variance. ``*_restricted`` are the metrics over them.
@@ -268,21 +270,25 @@ def _monosemantic(geometry: FeatureGeometry, live: Tensor, chosen: Tensor) -> fl
 
 
 def timed_step_s(result: LargeResult, device: str, decode: str) -> float | None:
-    """Median seconds of three steps on the trained model, whose learning rate is 0: it stays what it is."""
+    """Median seconds of a few steps on the trained model, whose learning rate is 0: it stays what it is."""
     run, trained = result.run, result.state
     n, sampled = run.toy.n_features, decode == "sampled"
     if sampled and (n <= NEGATIVES or trained.exp_avg.dtype != torch.float32):
         return None
     training = replace(
         settings(run, device), decode=decode, n_negatives=NEGATIVES if sampled else 0,
-        lr=torch.zeros(TIMED_STEPS + 1, dtype=torch.float64),
+        lr=torch.zeros(MOST_TIMED_STEPS + 1, dtype=torch.float64),
     )  # fmt: skip
     seen = torch.zeros(n if sampled else 0, dtype=torch.int32, device=trained.table.device)
     state = FeatureState(trained.shape, trained.table, trained.exp_avg, trained.exp_avg_sq, seen)
-    waiting = iter([sparse_batch(run, run.training.steps + step, device=device) for step in range(TIMED_STEPS + 1)])
+    batches = [sparse_batch(run, run.training.steps + step, device=device) for step in range(TIMED_STEPS)]
+    waiting = itertools.cycle(batches)
     step = clock(lambda _: feature_step(state, next(waiting), training), device)
     step(1)
-    return statistics.median(step(1) for _ in range(TIMED_STEPS))
+    seconds: list[float] = []
+    while len(seconds) < TIMED_STEPS or (sum(seconds) < TIMED_S and len(seconds) < MOST_TIMED_STEPS):
+        seconds.append(step(1))
+    return statistics.median(seconds)
 
 
 def compute(run: Run) -> Row:

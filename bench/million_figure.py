@@ -25,6 +25,8 @@ def draw(rows: Sequence[Mapping[str, Any]], fits: Mapping[str, float], folder: P
             )  # fmt: skip
         log_axis(left, [float(row["n_features"]) for row in curve], "features n")
         left.set_yscale("log")
+        left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        left.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
         left.set_ylabel("ms per exact step")
         left.set_title("Time of a step against n")
         left.legend()

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 UNEXPLAINED = "unexplained_variance"
 PER_DIMENSION = "features_per_dimension"
+FIT_FROM = 10_000
+"""Features from which on exponents are fitted: below, what a step costs however small the model is counts."""
 STEPS = (("exact_step_s", "exact step"), ("sampled_step_s", "sampled step"))
 HEADINGS = (
     "n", "architecture", "seeds", "decoding", "unexplained variance", "untrained", "features/dim", "untrained",
@@ -77,8 +79,8 @@ def points(rows: Sequence[Row]) -> dict[str, list[Point]]:
 
 
 def fitted(line: Sequence[Point], key: str) -> float:
-    """The exponent a of key ∝ nᵃ, least squares on logarithms; NaN for fewer than two sizes."""
-    logs = [(math.log(p.n), math.log(v)) for p in line if (v := p.mean(key)) > 0]
+    """The exponent a of key ∝ nᵃ from n = 10,000 on, least squares on logarithms; NaN for fewer than two sizes."""
+    logs = [(math.log(p.n), math.log(v)) for p in line if p.n >= FIT_FROM and (v := p.mean(key)) > 0]
     if len({x for x, _ in logs}) < 2:
         return math.nan
     x0, y0 = (math.fsum(values) / len(logs) for values in zip(*logs, strict=True))
@@ -137,7 +139,7 @@ def words(rows: Sequence[Row]) -> str:
         )
     for name, line in lines.items():
         for key, what in STEPS:
-            timed = [p for p in line if p.mean(key) > 0]
+            timed = [p for p in line if p.n >= FIT_FROM and p.mean(key) > 0]
             if not math.isnan(a := fitted(timed, key)):
                 sentences.append(
                     f"{name}: the time of {'an' if what[0] in 'aeiou' else 'a'} {what} grows as n to the power {a:.2f} "
@@ -244,12 +246,12 @@ _LOSS_CAPTION = (
     "models before their first step. Above the line at 1 a model is worse than predicting every feature's mean."
 )
 _DIMENSION_CAPTION = (
-    "‖W‖_F²/m, experts weighted by the share of samples they get; dashed before the first step. Initial rows have unit "
-    "norm: where training was too short to shrink the rows of rare features, it shows what is left of that."
+    "‖W‖_F²/m, experts weighted by the share of samples they get; dashed before the first step. That number grows with "
+    "n by itself: all initial rows are alike, and where training did not reach the rare features theirs still count."
 )
 _TIME_CAPTION = (
     "Median seconds of a step on the trained model, exact, and with 4,096 drawn features besides the present ones, "
-    "which most training here does not use. In the legend, the exponent of n that fits best."
+    "which most training here does not use. In the legend, the exponent of n that fits best from n = 10,000 on."
 )
 _SPEED_CAPTION = "Time of the dense model's step over the mixture's; dashed the same ratio of useful FLOPs."
 
@@ -316,7 +318,7 @@ def _speed(lines: Lines, looks: Looks) -> Any:
         axes.plot([], [], "--", color="#5c646d", lw=1.0, label="useful FLOPs")
         axes.set_title(f"{what[0].upper()}{what[1:]}")
         _finish(axes, lines, "dense over MoE" if place == 0 else "")
-        ticks = [0.25, 0.5, 1, 2, 4, 8, 16, 32]
+        ticks = [2.0**power for power in range(-6, 7)]
         low, high = axes.get_ylim()
         axes.set_yticks([t for t in ticks if low <= t <= high], [f"{t:g}×" for t in ticks if low <= t <= high])
         axes.set_yticks([], minor=True)
@@ -329,6 +331,15 @@ def _finish(axes: Axes, lines: Lines, label: str) -> None:
     sizes = sorted({float(p.n) for line in lines.values() for p in line})
     log_axis(axes, sizes, "features n")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(
+        lambda value, _: f"{value:g}" if _few_decades(axes) and f"{value:.0e}"[0] in "2357" else ""
+    )
     if label:
         axes.set_ylabel(label)
     axes.legend(fontsize=8)
+
+
+def _few_decades(axes: Axes) -> bool:
+    low, high = axes.get_ylim()
+    return high < 10 * low
