@@ -18,8 +18,8 @@ from moesaic.kernels.feature_state import AdamStep, Columns
 from moesaic.kernels.stripes import finish, sweep
 
 STEP, BEFORE, SWEEP, PLAIN, FINISH, PRODUCT = "step", "before", "sweep", "sweep without AdamW", "finish", "product"
-COLUMNS = 8192
-"""Features of the product whose rate stands for the chip's."""
+SQUARE = 1024
+"""Sides of the matrices whose product's rate stands for the chip's."""
 
 
 def parts_of(stepper: Stepper) -> dict[str, Callable[[int], object]]:
@@ -56,13 +56,11 @@ def parts_of(stepper: Stepper) -> dict[str, Callable[[int], object]]:
 
 
 def product_rate(sizes: Sizes, device: str, *, rounds: int, least_s: float) -> float:
-    """FLOPs per second of PyTorch's product (B, m) · (m, 8192), in the precision of the steps."""
+    """FLOPs per second of PyTorch's product of square matrices, in the precision of the steps: about the chip's."""
     dtype = torch.bfloat16 if sizes.precision == "bf16" else torch.float32
-    left = torch.randn(sizes.batch, sizes.n_hidden, device=device, dtype=dtype)
-    right = torch.randn(sizes.n_hidden, COLUMNS, device=device, dtype=dtype)
-    out = torch.empty(sizes.batch, COLUMNS, device=device, dtype=dtype)
+    left, right, out = (torch.ones(SQUARE, SQUARE, device=device, dtype=dtype) for _ in range(3))
     work = {PRODUCT: clock(lambda count: [torch.mm(left, right, out=out) for _ in range(count)], device)}
-    return 2 * left.numel() * COLUMNS / interleave(work, rounds=rounds, least_s=least_s)[PRODUCT].low
+    return 2 * SQUARE**3 / interleave(work, rounds=rounds, least_s=least_s)[PRODUCT].low
 
 
 def breakdown(sizes: Sizes, device: str, bandwidth: float, *, rounds: int, least_s: float) -> tuple[Table, list[Row]]:
@@ -99,9 +97,8 @@ def breakdown(sizes: Sizes, device: str, bandwidth: float, *, rounds: int, least
         ("part", "how known", f"{names[0]}, ms", f"{names[1]}, ms", "dense / MoE"), lines,
         (
             f"Computed lines are no parts of the sum: what the FLOPs take at {rate / 1e9:.3g} GFLOP/s, the rate of "
-            f"PyTorch's product ({sizes.batch} × {sizes.n_hidden}) · ({sizes.n_hidden} × {COLUMNS}) here, and what the "
-            f"bytes of table and both moments, read and written, take at a copy's {bandwidth / 1e9:.3g} GB/s. Lines "
-            "that are differences are those of medians.",
+            f"PyTorch's product of {SQUARE} × {SQUARE} matrices here, and what the bytes of table and both moments, "
+            f"read and written, take at a copy's {bandwidth / 1e9:.3g} GB/s. Differences are those of medians.",
         ),
     )  # fmt: skip
     return table, rows
