@@ -75,7 +75,7 @@ class Sweep:
 
     preset: Annotated[
         tyro.conf.Positional[str],
-        tyro.conf.arg(metavar="PRESET|SPEC.toml", help="Name of a preset, tradeoff or phase, or a file."),
+        tyro.conf.arg(metavar="PRESET|SPEC.toml", help="Name of a preset, tradeoff, phase or million, or a file."),
     ]
     out: Out
     device: Device = "auto"
@@ -157,7 +157,8 @@ class Bench:
     """Time kernels and whole trainings against peers, in turn in one process."""
 
     name: Annotated[
-        tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME", help="ensemble, routing, grouped-matmul or layer.")
+        tyro.conf.Positional[str],
+        tyro.conf.arg(metavar="NAME", help="ensemble, routing, grouped-matmul, layer or million."),
     ]
     out: Out
     against: Annotated[

@@ -119,6 +119,12 @@ def _layer(options: Options) -> Findings:
     return run(options)
 
 
+def _million(options: Options) -> Findings:
+    from moesaic.bench.bench_million import run
+
+    return run(options)
+
+
 BENCHES: dict[str, Benchmark] = {
     "ensemble": Benchmark(
         "whole trainings of many small toy models, ours against PyTorch",
@@ -158,6 +164,15 @@ BENCHES: dict[str, Benchmark] = {
         },
         ("torch-grouped-mm", "torch-loop"),
         _layer,
+    ),
+    "million": Benchmark(
+        "training steps of toy models with up to a million features, ours against PyTorch",
+        {
+            "torch": "a dense step in chunks of 8,192 features: products with dense x, autograd, AdamW",
+            "torch-sparse": "the same, but encoding multiplies a sparse x",
+        },
+        ("torch", "torch-sparse"),
+        _million,
     ),
 }
 

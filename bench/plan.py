@@ -17,6 +17,8 @@ Row = dict[str, object]
 FLOAT32_BYTES = 4
 STEP_BYTES = 2 * FLOAT32_BYTES + 8 + 32
 """Per training step: two losses, the learning rate as float64 and, while that table is built, as a Python float."""
+GEOMETRY_BYTES = 8 * 8
+"""Per feature and expert, of a large run that is measured."""
 HELD_OUT_SAMPLES = 8192
 """Samples of `moesaic.moe.held_out`."""
 
@@ -54,6 +56,17 @@ class Preset:
     description: str
     stages: Callable[[bool, int | None], list[Stage]]
     spec: Mapping[str, object] | None = None
+
+
+LARGE = 20_000
+"""Features beyond which a run is trained by `moesaic.moe.train_large`: batch × n tensors would take gigabytes."""
+
+
+def is_large(run: Run) -> bool:
+    """Whether a run is trained and measured on sparse batches: of very many features, or with an option of that."""
+    training = run.training
+    sparse_only = (training.decode, training.precision, training.moments) != ("exact", "ieee", "fp32")
+    return run.toy.n_features > LARGE or sparse_only
 
 
 def unique(planned: Sequence[PlannedRun]) -> list[PlannedRun]:
@@ -112,11 +125,20 @@ _TO_LOWER = {
     "batch": "batch_size, n_features, n_experts or top_k",
     "steps": "steps",
     "held_out": "n_features or n_experts",
+    "table": "n_features, n_experts, n_hidden or shared_hidden",
+    "moments": "n_features, n_experts, n_hidden or shared_hidden",
+    "evaluation": "n_features or n_experts",
 }
 
 
 def _memory(run: Run) -> dict[str, int]:
     toy, training = run.toy, run.training
+    if is_large(run):
+        from moesaic.moe.large import required_bytes
+
+        # Geometry in float64: four results per (expert, feature) and as many intermediate ones.
+        evaluation = GEOMETRY_BYTES * toy.n_features * (toy.n_experts + bool(toy.shared_hidden))
+        return {**required_bytes(run), "evaluation": evaluation}
     decoders = 1 if toy.tied else 2
     width = toy.n_experts * toy.n_hidden + toy.shared_hidden
     parameters = toy.n_features * (decoders * width + 2 * toy.n_experts + 1)
@@ -141,7 +163,9 @@ def training_groups(
     """
     alike: dict[tuple[object, ...], list[PlannedRun]] = {}
     for item in planned:
-        alike.setdefault(item.run.group, []).append(item)
+        # Large runs have nothing to share, and one that fails should not take others along.
+        alone = item.run.key if is_large(item.run) else ""
+        alike.setdefault((*item.run.group, alone), []).append(item)
     groups = []
     for members in alike.values():
         # Equal groups have equal shapes, so the first member stands for all.

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.bench.analysis import LOSS, Cell, cells, comparisons
 from moesaic.bench.plan import InputError, Row
+from moesaic.bench.report_million import is_million, million_figures, million_section, million_table
+from moesaic.bench.report_million import words as million_words
 from moesaic.bench.report_page import escape, figure, page
 from moesaic.bench.report_phase import panel_figures, panels_section, panels_table
 from moesaic.bench.report_sections import (
@@ -55,8 +57,10 @@ def write_report(run_dir: Path) -> Path:
         raise FileNotFoundError(f"{store.path}: no rows to report on")
     environment = store.environment() or {}
     phase = is_phase(rows)
-    # Cells of a phase diagram are points of its maps, not architectures to be listed and compared one by one.
-    found = [] if phase else cells(rows)
+    # Cells of a phase diagram are points of its maps, those of many sizes points of lines against n: neither are
+    # architectures to be listed and compared one by one.
+    million = is_million(rows)
+    found = [] if phase or million else cells(rows)
     compared = comparisons(found)
     preset = str(environment.get("preset") or "")
     reproduces = preset.startswith(_REPRODUCE) and not environment.get("spec")
@@ -65,6 +69,8 @@ def write_report(run_dir: Path) -> Path:
         drawn = panel_figures(rows, store.folder / "figures")
     elif reproduces:
         drawn = _own_figures(store.folder, record)
+    elif million:
+        drawn = million_figures(rows, store.folder / "figures")
     else:
         drawn = draw_figures(found, store.folder / "figures")
     shown = [f"<h2>{escape(d.title)}</h2>{figure(d.svg, d.caption, d.title)}" for d in drawn]
@@ -73,14 +79,14 @@ def write_report(run_dir: Path) -> Path:
     parts = [
         f'<h1>{escape(title)}</h1>\n<p class="soft">{escape(summary_line(rows, environment))}</p>',
         published_section(record) if record else _UNFINISHED if reproduces else "",
-        words_section(plain_words(found, compared)),
+        words_section(million_words(rows) if million else plain_words(found, compared)),
         *first,
         comparison_section(compared),
         *(part for part in shown if part not in first),
         rates_section(rows),
-        panels_section(rows) if phase else results_section(found),
+        panels_section(rows) if phase else million_section(rows) if million else results_section(found),
         failed_section(rows),
-        "" if phase else slowest_section(rows) + definitions_section(found),
+        "" if phase or million else slowest_section(rows) + definitions_section(found),
         environment_section(environment),
     ]
     path = store.folder / "report.html"
@@ -125,6 +131,8 @@ def result_table(rows: Sequence[Row]) -> str:
     """
     if is_phase(rows):
         return panels_table(rows)
+    if is_million(rows):
+        return million_table(rows)
     found = cells(rows)
     failed = sum(r.get("status") != "ok" for r in rows)
     if not found:

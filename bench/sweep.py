@@ -28,6 +28,7 @@ from moesaic.bench.plan import (
     Preset,
     Row,
     check_memory,
+    is_large,
     plan_digest,
     training_groups,
     unique,
@@ -73,6 +74,21 @@ class StackPreset(Preset):
     """
 
     columns: Columns
+    max_models: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerPreset(Preset):
+    """A preset that trains and measures by itself.
+
+    Args:
+        trainer: run folder → what trains and measures a group.
+        appended: (run folder, rows) called when the rows of a group are safe on disk.
+        max_models: most models of a group.
+    """
+
+    trainer: Callable[[Path], Trainer]
+    appended: Callable[[Path, Sequence[Row]], None]
     max_models: int
 
 
@@ -149,8 +165,12 @@ def run_sweep(
     interrupted = False
     if isinstance(preset, StackPreset):
         trainer, max_models = trainer or trainer_with(preset.columns), max_models or preset.max_models
+    compiles, compiled = impl != "torch" and device == "cpu" and _is_ours(trainer or train_and_measure), set[object]()
+    appended: Callable[[Sequence[Row]], None] = _nothing
+    if isinstance(preset, TrainerPreset):
+        compiles, appended = False, partial(preset.appended, Path(out))
+        trainer, max_models = trainer or preset.trainer(Path(out)), max_models or preset.max_models
     trainer, max_models = trainer or train_and_measure, max_models or MAX_MODELS
-    compiles, compiled = impl != "torch" and device == "cpu" and _is_ours(trainer), set[object]()
     with _Progress(enabled=progress) as bar:
         try:
             for number, stage in enumerate(stages, 1):
@@ -166,7 +186,7 @@ def run_sweep(
                     compiled |= kinds.keys()
                     if new:
                         bar.prepare("compiling (first time only)", partial(compile_cpu_trainer, new))
-                _run_groups(groups, store, bar, trainer, device, impl)
+                _run_groups(groups, store, bar, trainer, device, impl, appended)
                 by_key = {row["run_key"]: row for row in store.rows()}
                 rows = [by_key[item.run.key] for item in planned]
         except KeyboardInterrupt:
@@ -182,7 +202,11 @@ def run_sweep(
 def train_and_measure(
     group: Sequence[PlannedRun], *, device: str, impl: str, progress: Callable[[int, float], None]
 ) -> list[Row]:
-    """Trains a group with `moesaic.moe.train_runs` and measures it."""
+    """Trains a group with `moesaic.moe.train_runs` and measures it; large runs one by one with `train_large`."""
+    if is_large(group[0].run):
+        from moesaic.bench.measure_large import train_and_measure_large
+
+        return [train_and_measure_large(item, device=device, progress=progress) for item in group]
     from moesaic.bench.measure import measure
     from moesaic.moe import train_runs
 
@@ -208,8 +232,12 @@ def trainer_with(columns: Columns) -> Trainer:
 
 
 def compiled_alike(planned: Iterable[PlannedRun]) -> dict[object, PlannedRun]:
-    """Return a run of each kind that the CPU trainers compile apart."""
-    return {(item.run.toy, item.run.features.features, item.run.training.load_balance != 0): item for item in planned}
+    """Return a run of each kind that the CPU trainers compile apart; large runs compile in their first step."""
+    return {
+        (item.run.toy, item.run.features.features, item.run.training.load_balance != 0): item
+        for item in planned
+        if not is_large(item.run)
+    }
 
 
 def compile_cpu_trainer(planned: Iterable[PlannedRun]) -> None:
@@ -219,6 +247,10 @@ def compile_cpu_trainer(planned: Iterable[PlannedRun]) -> None:
         tiny = dataclasses.replace(item, run=dataclasses.replace(item.run, training=training))
         with contextlib.suppress(Exception):  # a run that cannot be trained is reported with its group
             train_and_measure([tiny], device="cpu", impl="numba", progress=lambda steps, loss: None)
+
+
+def _nothing(rows: Sequence[Row]) -> None:
+    pass
 
 
 def _is_ours(trainer: Trainer) -> bool:
@@ -301,8 +333,9 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
 
 
 def _run_groups(
-    groups: Sequence[Sequence[PlannedRun]], store: RunStore, bar: _Progress, trainer: Trainer, device: str, impl: str
-) -> None:
+    groups: Sequence[Sequence[PlannedRun]], store: RunStore, bar: _Progress, trainer: Trainer, device: str, impl: str,
+    appended: Callable[[Sequence[Row]], None],
+) -> None:  # fmt: skip
     done = store.keys()
     missing = [{item.run.key for item in group} - done for group in groups]
     finished = sum(_model_steps(group) for group, keys in zip(groups, missing, strict=True) if not keys)
@@ -310,6 +343,7 @@ def _run_groups(
     for group, keys in zip(groups, missing, strict=True):
         if keys:
             rows = store.append(_train(group, trainer, bar, device, impl))  # only what is missing is written
+            appended(rows)
             bar.group_done(_model_steps(group), [row for row in rows if row["status"] == "failed"])
 
 
