@@ -26,20 +26,22 @@ from moesaic.kernels.stripes import PRECISIONS, finish, sweep
 
 DECODES = ("exact", "sampled")
 NEGATIVES_STREAM = 4
+_ANYHOW = 8 << 20
 
 
 def scratch_bytes(shape: FeatureShape, batch_size: int, n_entries: int, *, parts: int = 16, panel: int = 16) -> int:
     """Return a bound of the memory that an exact step on a CPU takes beyond state and batch, in bytes.
 
     O(B·(m + 16) + nnz), with A = B·k places: 4·parts·(A·(m' + panel) + [m_0]·B·(m_0' + panel)) for sums to be joined,
-    m' = m to a multiple of 16, about 4·parts·(B + 2 A)·panel for the panels, and 64 bytes per entry.
+    m' = m to a multiple of 16, about 4·parts·(B + 2 A)·panel for the panels, 64 bytes per entry, and 8 MiB for what
+    PyTorch and its allocator keep anyhow.
     """
     wide, wide0 = (-(-width // panel) * panel for width in (shape.n_hidden, shape.shared_hidden))
     places, shared = batch_size * shape.top_k, batch_size * int(shape.shared_hidden > 0)
     sums = 4 * parts * (places * (wide + panel) + shared * (wide0 + panel))
     panels = 4 * parts * panel * (places + shared + batch_size + 4 * shape.stride)
     joined = 8 * 3 * (places * (wide + panel) + shared * (wide0 + panel))
-    return sums + panels + joined + 64 * n_entries + 4 * places * shape.n_hidden
+    return sums + panels + joined + 64 * n_entries + 4 * places * shape.n_hidden + _ANYHOW
 
 
 def feature_step(state: FeatureState, x: Tensor, training: FeatureTraining) -> StepLosses:
