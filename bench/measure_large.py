@@ -40,7 +40,7 @@ from moesaic.moe import (
 )
 from moesaic.moe.large import expected_active, held_out_sparse, large_shape, settings, sparse_batch, untrained_large
 
-HELD_OUT = 2048
+HELD_OUT = 1024
 """Samples of the held-out batch."""
 ENOUGH = 1000
 """Expected activations in training from which on a feature can have been learned."""
@@ -63,7 +63,7 @@ def train_and_measure_large(
 ) -> Row:
     """Train a planned run by `train_large` and return its row.
 
-    Columns are those of `moesaic.bench.measure.measure`, on 2,048 held-out samples, without ``load_balance_loss``, and:
+    Columns are those of `moesaic.bench.measure.measure`, on 1,024 held-out samples, without ``load_balance_loss``, and:
 
     ``null_loss``  that of predicting every feature's mean, from the distribution. (``unexplained_variance`` is over the
       same on the held-out samples, as everywhere: noise that both share cancels.)
