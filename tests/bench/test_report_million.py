@@ -26,7 +26,7 @@ def measured(item: PlannedRun) -> Row:
         "mean_dimensionality": 0.2, "mean_dimensionality_restricted": 0.3 if n < 10_000 else None,
         "superposition": 1.0, "superposition_restricted": 2.0 if n < 10_000 else None,
         "monosemantic_share": 0.1, "monosemantic_share_restricted": 0.4 if n < 10_000 else None,
-        "step_s": 1e-8 * n * toy.n_hidden, "exact_step_s": 1e-8 * n * toy.n_hidden * (1.25 if moe else 1.0),
+        "step_s": 1e-8 * n * toy.n_hidden, "exact_step_s": max(0.01 if n < 10_000 else 0.0, 1e-8 * n * toy.n_hidden * (1.25 if moe else 1.0)),
         "sampled_step_s": None if n <= 4096 else 0.02 * (n / 10_000) ** 0.25, "peak_memory_bytes": 10_000_000,
         "wall_s": 1.0,
     }  # fmt: skip
