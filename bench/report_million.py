@@ -342,4 +342,4 @@ def _finish(axes: Axes, lines: Lines, label: str) -> None:
 
 def _few_decades(axes: Axes) -> bool:
     low, high = axes.get_ylim()
-    return high < 10 * low
+    return high < 50 * low

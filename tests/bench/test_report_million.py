@@ -18,6 +18,7 @@ def measured(item: PlannedRun) -> Row:
     """A made-up result: loss rises with n, steps cost n·m, the mixtures' a quarter of that per FLOP more."""
     run, toy = item.run, item.run.toy
     n, moe = toy.n_features, toy.n_experts > 1
+    least = 0.01 if n < 10_000 else 0.0
     return {
         **run.flat(), **item.labels, **compute(run), "run_key": run.key, "status": "ok", "error": None,
         "unexplained_variance": 0.2 * (n / 1000) ** 0.5 + 0.01 * run.seed, "untrained_unexplained_variance": 2.0,
@@ -26,7 +27,7 @@ def measured(item: PlannedRun) -> Row:
         "mean_dimensionality": 0.2, "mean_dimensionality_restricted": 0.3 if n < 10_000 else None,
         "superposition": 1.0, "superposition_restricted": 2.0 if n < 10_000 else None,
         "monosemantic_share": 0.1, "monosemantic_share_restricted": 0.4 if n < 10_000 else None,
-        "step_s": 1e-8 * n * toy.n_hidden, "exact_step_s": max(0.01 if n < 10_000 else 0.0, 1e-8 * n * toy.n_hidden * (1.25 if moe else 1.0)),
+        "step_s": 1e-8 * n * toy.n_hidden, "exact_step_s": max(least, 1e-8 * n * toy.n_hidden * (1.25 if moe else 1.0)),
         "sampled_step_s": None if n <= 4096 else 0.02 * (n / 10_000) ** 0.25, "peak_memory_bytes": 10_000_000,
         "wall_s": 1.0,
     }  # fmt: skip
