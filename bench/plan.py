@@ -59,14 +59,14 @@ class Preset:
 
 
 LARGE = 20_000
-"""Features beyond which a run is trained by `moesaic.moe.train_large`: batch × n tensors would take gigabytes."""
+"""Features from which on a run is trained by `moesaic.moe.train_large`: batch × n tensors would take gigabytes."""
 
 
 def is_large(run: Run) -> bool:
     """Whether a run is trained and measured on sparse batches: of very many features, or with an option of that."""
     training = run.training
     sparse_only = (training.decode, training.precision, training.moments) != ("exact", "ieee", "fp32")
-    return run.toy.n_features > LARGE or sparse_only
+    return run.toy.n_features >= LARGE or sparse_only
 
 
 def unique(planned: Sequence[PlannedRun]) -> list[PlannedRun]:

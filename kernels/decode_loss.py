@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moesaic.kernels.dispatch import combine, group_by_expert
 from moesaic.kernels.encode_features import check_features
@@ -88,6 +89,7 @@ class _DecodeLoss(torch.autograd.Function):
         return (loss / max(1, x.shape[0])).to(importance.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, importance, ids, *parts = ctx.saved_tensors
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
@@ -126,7 +128,7 @@ def decode_loss(
 
     Args:
         h: (B, m), or (B, k, m) with ``ids``.
-        x: (B, n), dense or ``torch.sparse_csr``; no gradient.
+        x: (B, n), dense or ``torch.sparse_csr`` without a column twice in a row; no gradient.
         weight: D (n, m), or (E, n, m) with ``ids``.
         bias: (n,), or (E, n) with ``ids``.
         importance: (n,), all ones if left out; no gradient.

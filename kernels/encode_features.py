@@ -215,7 +215,7 @@ def encode_features(x: Tensor, weight: Tensor, ids: Tensor | None = None) -> Ten
     are multiplied densely instead. Differentiable in ``weight``, and in a dense x.
 
     Args:
-        x: (B, n), dense or ``torch.sparse_csr``.
+        x: (B, n), dense or ``torch.sparse_csr`` without a column twice in a row.
         weight: (n, m), or (E, n, m) with ``ids``; of the type of x.
         ids: (B, k) integers in 0 … E − 1.
 

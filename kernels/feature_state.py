@@ -30,6 +30,10 @@ class FeatureShape:
     tied: bool = True
     routed: bool = True
 
+    def __post_init__(self) -> None:
+        if self.n_experts > 1 and not self.routed:
+            raise ValueError(f"routed=False: takes n_experts = 1, got {self.n_experts}")
+
     @cached_property
     def sections(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Name → first column and shape of each parameter's part in a feature's row."""

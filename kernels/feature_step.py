@@ -30,26 +30,31 @@ _ANYHOW = 8 << 20
 
 
 def scratch_bytes(shape: FeatureShape, batch_size: int, n_entries: int, *, parts: int = 16, panel: int = 16) -> int:
-    """Return a bound of the memory that an exact step on a CPU takes beyond state and batch, in bytes.
+    """Return a bound, in bytes, of what an exact step on a sparse batch takes on a CPU beyond state and batch.
 
-    O(B·(m + 16) + nnz), with A = B·k places: 4·parts·(A·(m' + panel) + [m_0]·B·(m_0' + panel)) for sums to be joined,
-    m' = m to a multiple of 16, about 4·parts·(B + 2 A)·panel for the panels, 64 bytes per entry, and 8 MiB for what
-    PyTorch and its allocator keep anyhow.
+    O(B·(m + E + 16) + nnz), with A = B·k places: 4·parts·(A·(m' + panel) + [m_0]·B·(m_0' + panel)) for sums to be
+    joined, m' = m to a multiple of 16, about 4·parts·(B + 2 A + 8 P)·panel for the panels, 64 bytes per entry, 40·B·E
+    for the router's scores, and 8 MiB for what PyTorch and its allocator keep anyhow. Not in it: the copy of a frozen
+    router, and 64 MiB stripes of batches denser than `encode_features.CROSSOVER`.
     """
     wide, wide0 = (-(-width // panel) * panel for width in (shape.n_hidden, shape.shared_hidden))
     places, shared = batch_size * shape.top_k, batch_size * int(shape.shared_hidden > 0)
     sums = 4 * parts * (places * (wide + panel) + shared * (wide0 + panel))
-    panels = 4 * parts * panel * (places + shared + batch_size + 4 * shape.stride)
+    panels = 4 * parts * panel * (places + shared + batch_size + 8 * shape.stride)
     joined = 8 * 3 * (places * (wide + panel) + shared * (wide0 + panel))
-    return sums + panels + joined + 64 * n_entries + 4 * places * shape.n_hidden + _ANYHOW
+    routing = 40 * batch_size * shape.n_experts
+    return sums + panels + joined + routing + 64 * n_entries + 4 * places * shape.n_hidden + _ANYHOW
 
 
 def feature_step(state: FeatureState, x: Tensor, training: FeatureTraining) -> StepLosses:
-    """Train one step on a batch, in place; the same bits whatever the threads.
+    """Train one step on a batch, in place.
+
+    Exact steps on sparse batches have the same bits whatever the threads; where PyTorch multiplies, in sampled steps of
+    one expert and above `encode_features.CROSSOVER`, as far as its products have.
 
     Args:
         state: the model; its step t is the next.
-        x: (B, n) sparse CSR float32.
+        x: (B, n) sparse CSR float32, B ≥ 1, no column twice in a row.
         training: the optimisation.
 
     Raises:
@@ -112,8 +117,26 @@ def _check(state: FeatureState, x: Tensor, training: FeatureTraining) -> None:
         raise ValueError(f"MOESAIC_BACKEND=cpu: takes a state on a CPU, got one on {state.table.device}")
     if state.step >= training.lr.shape[0]:
         raise ValueError(f"lr: has {training.lr.shape[0]} steps, all done; got step {state.step}")
+    importance = training.importance
+    if tuple(importance.shape) != (n,) or importance.dtype != torch.float32 or importance.device != state.table.device:
+        raise ValueError(
+            f"importance: takes float32 ({n},) on {state.table.device}, got {importance.dtype} "
+            f"{tuple(importance.shape)} on {importance.device}"
+        )
+    if state.exp_avg.dtype not in (torch.float32, torch.bfloat16) or state.exp_avg_sq.dtype != state.exp_avg.dtype:
+        raise ValueError(
+            f"exp_avg, exp_avg_sq: take float32 or bfloat16, both, got {state.exp_avg.dtype}, {state.exp_avg_sq.dtype}"
+        )
+    if training.precision == "tf32x3" and state.table.device.type == "cpu":
+        raise ValueError("precision='tf32x3': takes a state on a GPU; on a CPU, 'ieee' or 'bf16'")
+    if x.shape[0] < 1:
+        raise ValueError("x: takes at least one sample, got 0")
     if training.decode != "sampled":
+        if state.seen.shape[0]:
+            raise ValueError("seen: takes a state made with decode='exact', whose rows never wait")
         return
+    if training.precision != "ieee":
+        raise ValueError(f"precision={training.precision!r}: takes 'ieee' when decode='sampled'")
     if not 1 <= training.n_negatives <= n:
         raise ValueError(f"n_negatives={training.n_negatives}: takes 1 to n_features={n} when decode='sampled'")
     if state.exp_avg.dtype != torch.float32:

@@ -90,10 +90,11 @@ class FeatureState:
             self._schedule = (training, schedule)
         return self._schedule[1]
 
-    def settle(self, training: FeatureTraining, *, rows: int = 65_536) -> None:
-        """Bring all rows up to date, ``rows`` at a time."""
+    def settle(self, training: FeatureTraining) -> None:
+        """Bring all rows up to date, some 64 MiB of the table at a time."""
         if self.seen.shape[0] == 0:
             return
+        rows = max(1, 2**24 // self.shape.stride)
         for first in range(0, self.shape.n_features, rows):
             part = slice(first, first + rows)
             self.catch_up(self.table[part], self.exp_avg[part], self.exp_avg_sq[part], self.seen[part], training)

@@ -315,7 +315,8 @@ def sweep(
             start, stop = (offsets[g], offsets[g + 1]) if routed else (0, batch)
             if stop == start:
                 db[g] = 0.0
-                turned[g * m : (g + 1) * m] = 0.0
+                if routed:
+                    turned[g * m : (g + 1) * m] = 0.0
                 continue
             column, depth = (decoder + g * m, m) if routed else (shared_decoder, m0)
             lines, sources = (z, z_rows) if routed else (z0, z0_rows)

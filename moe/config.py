@@ -225,8 +225,9 @@ class TrainConfig:
         _one_of("moments", self.moments, MOMENTS)
         if self.decode == "sampled":
             _at_least("n_negatives", self.n_negatives, 1)
-            if self.moments != "fp32":
-                raise ValueError(f"moments={self.moments!r}: takes fp32 when decode='sampled'")
+            for name, only in (("moments", "fp32"), ("precision", "ieee")):
+                if getattr(self, name) != only:
+                    raise ValueError(f"{name}={getattr(self, name)!r}: takes {only} when decode='sampled'")
         elif self.n_negatives:
             raise ValueError(f"n_negatives={self.n_negatives}: takes 0 when decode='exact' (it would be ignored)")
 

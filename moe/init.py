@@ -49,7 +49,9 @@ def initial_router(config: ToyConfig, seed: int, n_clusters: int = 0) -> Tensor:
 
 
 def fill_initial(views: Mapping[str, Tensor], config: ToyConfig, seed: int, n_clusters: int = 0) -> None:
-    """Write the values that `initial_parameters` returns into tensors of one model, a block of features at a time.
+    """Write the values that `initial_parameters` returns into tensors of one model.
+
+    All but the router's are drawn a block of features at a time.
 
     ``views`` has some of its names, without the stack's axis; a router may be left out.
     """

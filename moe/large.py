@@ -19,6 +19,7 @@ from moesaic.kernels.feature_state import FeatureShape
 from moesaic.kernels.feature_step import feature_step
 from moesaic.kernels.feature_training import FeatureState, FeatureTraining
 from moesaic.kernels.features import FeatureTable, sample_features
+from moesaic.kernels.lazy_adamw import check_lazy
 from moesaic.kernels.sparse_features import hear_that_csr_is_in_beta
 from moesaic.moe.checkpoint import load_checkpoint, save_checkpoint
 from moesaic.moe.config import Run, ToyConfig
@@ -100,7 +101,7 @@ def expected_active(run: Run) -> float:
 
 
 def untrained_large(run: Run, device: str = "cpu") -> FeatureState:
-    """Return the state before the first step; initial values are drawn in blocks of features."""
+    """Return the state before the first step; initial values but the router's are drawn in blocks of features."""
     training = run.training
     shape = large_shape(run.toy)
     moments = torch.float32 if training.moments == "fp32" else torch.bfloat16
@@ -225,6 +226,9 @@ def check_large(run: Run, device: str = "cpu") -> None:
         raise ValueError(f"n_negatives={run.training.n_negatives}: takes 1 to n_features={n}")
     if run.training.precision == "tf32x3" and kind == "cpu":
         raise ValueError("precision='tf32x3': takes a CUDA device; on a CPU, 'ieee' or 'bf16'")
+    if run.training.decode == "sampled":
+        t = run.training
+        check_lazy(t.lr, t.beta1, t.beta2, t.weight_decay)
     parts = required_bytes(run)
     needed, available = sum(parts.values()), available_bytes(device)
     if available is not None and needed > available:

@@ -45,7 +45,7 @@ class LargeEvaluation:
 
     @property
     def unexplained(self) -> float:
-        """Held-out loss over the null model's on the same samples."""
+        """Held-out loss over what predicting every feature's mean would lose on average."""
         return self.loss / self.null_loss
 
 

@@ -1,7 +1,11 @@
-"""The grouped products compiled ahead of time at every shipped tile: no spills, tensor cores, no atomics."""
+"""The grouped products compiled ahead of time at shipped tiles: no spills, tensor cores, no atomics.
+
+Every tile of sm_90 in bfloat16, and every third elsewhere; all of them where MOESAIC_ALL_TILES is set.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from functools import cache
@@ -24,7 +28,10 @@ CASES += [(90, "tf32", True), (90, "bf16", False)]
 
 @cache
 def compiled(chip: int, number: str, aligned: bool) -> list[Compiled]:
-    return [compile_product(product, chip) for product in shipped(chip, *NUMBERS[number], aligned=aligned)]
+    products = list(shipped(chip, *NUMBERS[number], aligned=aligned))
+    if (chip, number, aligned) != (90, "bf16", True) and not os.environ.get("MOESAIC_ALL_TILES"):
+        products = products[chip // 10 % 3 :: 3]
+    return [compile_product(product, chip) for product in products]
 
 
 @pytest.mark.parametrize(("chip", "number", "aligned"), CASES)

@@ -24,11 +24,13 @@ def drawn(seed: int = 0) -> list[Tensor]:
     return [theta, 0.1 * avg, 0.05 * torch.rand(ROWS, WIDTH, generator=generator) + 1e-4]
 
 
-def plain(state: list[Tensor], rates: list[float], first: int, last: int, eps: float) -> list[Tensor]:
+def plain(
+    state: list[Tensor], rates: list[float], first: int, last: int, eps: float, decay: float = 0.05
+) -> list[Tensor]:
     """Steps first … last − 1 of AdamW in float64 without a gradient."""
     theta, avg, sq = (part.double().clone() for part in state)
     parameter = torch.nn.Parameter(theta)
-    adamw = torch.optim.AdamW([parameter], lr=1.0, betas=(0.9, 0.999), eps=eps, weight_decay=0.05)
+    adamw = torch.optim.AdamW([parameter], lr=1.0, betas=(0.9, 0.999), eps=eps, weight_decay=decay)
     adamw.state[parameter] = {"step": torch.tensor(float(first)), "exp_avg": avg, "exp_avg_sq": sq}
     for step in range(first, last):
         adamw.param_groups[0]["lr"] = rates[step]
@@ -94,6 +96,19 @@ def test_a_row_never_touched_only_decays() -> None:
     mine = [theta.clone(), torch.zeros(3, 4), torch.zeros(3, 4)]
     schedule_of("constant").catch_up(mine[0], mine[1], mine[2], torch.zeros(3, dtype=torch.int64), 400)
     torch.testing.assert_close(mine[0], theta * (1 - 3e-3 * 0.05) ** 400)
+
+
+def test_a_decay_below_the_smallest_number_is_no_error() -> None:
+    schedule = LazySchedule.of(torch.full((90_000,), 1e-2).double(), beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1.0)
+    state = drawn()
+    late = caught_up(state, schedule, 89_000, 89_010)
+    torch.testing.assert_close(late[0].double(), plain(state, [1e-2] * 90_000, 89_000, 89_010, 1e-8, 1.0)[0])
+    assert not caught_up([state[0], state[1] * 0, state[2]], schedule, 10, 89_000)[0].abs().max() > 1e-30
+
+
+def test_a_step_that_decays_to_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"weight_decay=2.0: takes less than 1/lr = 2"):
+        LazySchedule.of(torch.tensor([0.5]).double(), beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=2.0)
 
 
 def test_momentum_that_outlives_its_scale_is_refused() -> None:

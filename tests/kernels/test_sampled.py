@@ -117,11 +117,23 @@ def test_refusals() -> None:
         ({"n_negatives": 0}, "n_negatives=0: takes 1 to n_features=20000"),
         ({"n_negatives": N + 1}, "n_negatives=20001: takes 1 to"),
         ({"precision": "fp8"}, "precision='fp8': takes one of ieee"),
+        ({"precision": "bf16"}, "precision='bf16': takes 'ieee' when decode='sampled'"),
+        ({"precision": "tf32x3"}, "precision='tf32x3': takes a state on a GPU"),
+        ({"importance": how.importance.double()}, r"importance: takes float32 \(20000,\) on cpu, got torch.float64"),
+        (
+            {"importance": how.importance[1:]},
+            r"importance: takes .* got torch.float32 \(19999,",
+        ),
+        ({"decode": "exact", "n_negatives": 0}, "seen: takes a state made with decode='exact'"),
     ):
         with pytest.raises(ValueError, match=message):
             feature_step(state, x, dataclasses.replace(how, **changes))
     with pytest.raises(ValueError, match="seen: takes a state made with decode='sampled'"):
         feature_step(started(shape, "exact"), x, how)
+    with pytest.raises(ValueError, match=r"exp_avg, exp_avg_sq: take float32 or bfloat16, both, got torch.float16"):
+        feature_step(dataclasses.replace(state, exp_avg=state.exp_avg.half()), x, how)
+    with pytest.raises(ValueError, match="routed=False: takes n_experts = 1, got 2"):
+        FeatureShape(N, 4, 2, routed=False)
     with pytest.raises(ValueError, match="x: takes float32 sparse_csr"):
         feature_step(state, torch.zeros(B, N), how)
     with pytest.raises(ValueError, match="lr: has 1 steps, all done"):

@@ -12,14 +12,13 @@ from moesaic.moe.config import GATES
 from moesaic.moe.trainer import _Trainer
 
 SHAPES = [
-    ToyConfig(8, 2),
+    ToyConfig(20, 3),
     ToyConfig(16, 3, 4, 1),
     ToyConfig(12, 2, 3, 2, shared_hidden=2),
     ToyConfig(12, 2, 3, 3, tied=False),
     ToyConfig(24, 4, 8, 2),
     # Small enough for the CPU's unrolled step.
     ToyConfig(3, 2, 2),
-    ToyConfig(3, 2, 3, 2),
 ]
 FAST = TrainConfig(steps=200, batch_size=64, lr=3e-3, schedule="cosine", reduction="sum", load_balance=0.01)
 
