@@ -41,7 +41,10 @@ CHECKPOINT_EVERY = 1000
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model of the plan; ``lr`` had the least held-out error of 0.003, 0.01, 0.03 and 0.1 at n = 10,000."""
+    """A model of the plan; ``lr`` had the least held-out error of 0.003, 0.01, 0.03 and 0.1.
+
+    At n = 10,000 after 200 steps, with a seed that no run has.
+    """
 
     label: str
     n_hidden: int
