@@ -86,9 +86,8 @@ def train_and_measure_large(
         checkpoint: as `train_large` wants it; removed by the caller.
     """
     with warnings.catch_warnings():
-        # Advice on speed, said of every run, and PyTorch's word on sparse tensors.
-        for words in (".*encoding multiplies dense stripes", "Sparse CSR tensor support"):
-            warnings.filterwarnings("ignore", words)
+        # Advice on speed, said of every run.
+        warnings.filterwarnings("ignore", ".*encoding multiplies dense stripes")
         return _train_and_measure(item, device, progress, checkpoint)
 
 

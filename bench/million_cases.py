@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -102,9 +101,7 @@ def draw_batches(n: int, batch: int, probability: float, device: str, count: int
     """Return sparse batches (B, n) of independent features that are equally probable."""
     table = FeatureTable(torch.tensor([INDEPENDENT]), torch.full((1, n), probability), torch.tensor([1]))
     seeds = torch.tensor([0], device=device)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support")
-        return [sample_features(table, batch, seeds=seeds, step=s, layout=torch.sparse_csr) for s in range(count)]
+    return [sample_features(table, batch, seeds=seeds, step=s, layout=torch.sparse_csr) for s in range(count)]
 
 
 @dataclass

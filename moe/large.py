@@ -25,6 +25,7 @@ from moesaic.moe.checkpoint import load_checkpoint, save_checkpoint
 from moesaic.moe.config import Run, ToyConfig
 from moesaic.moe.data import feature_table, importance
 from moesaic.moe.init import fill_initial
+from moesaic.moe.trainer import device_kind
 
 DENSE_SAMPLING = 0.1
 """Density from which on features are drawn one by one."""
@@ -210,12 +211,7 @@ def settings(run: Run, device: str = "cpu") -> FeatureTraining:
 
 def check_large(run: Run, device: str = "cpu") -> None:
     """Raise ValueError for a run that `train_large` cannot train on the device; warn where gathering does not pay."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r}: takes 'cpu', 'cuda' or 'cuda:N'") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: this torch sees no CUDA device")
+    kind = device_kind(device)
     n, active = run.toy.n_features, expected_active(run)
     if active < 1:
         raise ValueError(

@@ -133,12 +133,7 @@ def train_runs(
         raise ValueError("decode, precision, moments: take their defaults here; train_large heeds them")
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: takes one of {', '.join(IMPLS)}")
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"device={device!r}: takes 'cpu', 'cuda' or 'cuda:N'") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: this torch sees no CUDA device")
+    kind = device_kind(device)
     if impl in ("numba", "triton") and (impl == "numba") != (kind == "cpu"):
         raise ValueError(
             f"impl={impl!r}: takes {'a CPU' if impl == 'numba' else 'a CUDA device'}, got device={device!r}"
@@ -175,6 +170,17 @@ def train_runs(
         trainer.impl,
         [_failure(row) for row in trainer.losses],
     )
+
+
+def device_kind(device: str) -> str:
+    """Return ``cpu`` or ``cuda``; raise ValueError for a device that is not there."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: takes 'cpu', 'cuda' or 'cuda:N'") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: this torch sees no CUDA device")
+    return kind
 
 
 def _failure(losses: Tensor) -> str | None:
