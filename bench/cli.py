@@ -82,6 +82,9 @@ class Sweep:
     engine: Annotated[str, tyro.conf.arg(metavar="NAME", help="Where runs are computed: local.")] = "local"
     seeds: Seeds = None
     resume: Resume = False
+    energy: Annotated[bool, tyro.conf.arg(help="Then measure seconds and joules of every training, all in turn.")] = (
+        False
+    )
     quick: Quick = False
     json: Json = False
     impl: Impl = "auto"
@@ -99,7 +102,7 @@ class Sweep:
 
         result = run_sweep(
             find_preset(self.preset), self.out, quick=self.quick, seeds=self.seeds, device=self.device, impl=self.impl,
-            resume=self.resume, argv=argv,
+            resume=self.resume, energy=self.energy, argv=argv,
         )  # fmt: skip
         if result.interrupted:
             return _interrupted(result.out, result.rows, argv)
@@ -158,7 +161,7 @@ class Bench:
 
     name: Annotated[
         tyro.conf.Positional[str],
-        tyro.conf.arg(metavar="NAME", help="ensemble, routing, grouped-matmul, layer or million."),
+        tyro.conf.arg(metavar="NAME", help="ensemble, routing, grouped-matmul, layer, million, energy or roofline."),
     ]
     out: Out
     against: Annotated[

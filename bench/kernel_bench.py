@@ -125,6 +125,12 @@ def _million(options: Options) -> Findings:
     return run(options)
 
 
+def _energy(options: Options) -> Findings:
+    from moesaic.bench.bench_energy import run
+
+    return run(options)
+
+
 BENCHES: dict[str, Benchmark] = {
     "ensemble": Benchmark(
         "whole trainings of many small toy models, ours against PyTorch",
@@ -173,6 +179,12 @@ BENCHES: dict[str, Benchmark] = {
         },
         ("torch", "torch-sparse"),
         _million,
+    ),
+    "energy": Benchmark(
+        "FLOPs, bytes, seconds and joules of sparse against dense layers, training steps and trainings to equal loss",
+        {"dense": "dense models of equal width, parameters, active FLOPs and loss: always measured"},
+        ("dense",),
+        _energy,
     ),
 }
 

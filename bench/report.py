@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.bench.analysis import LOSS, Cell, cells, comparisons
 from moesaic.bench.plan import InputError, Row
+from moesaic.bench.report_energy import energy_figures, energy_section
 from moesaic.bench.report_million import is_million, million_figures, million_section, million_table
 from moesaic.bench.report_million import words as million_words
 from moesaic.bench.report_page import escape, figure, page
@@ -73,14 +74,18 @@ def write_report(run_dir: Path) -> Path:
         drawn = million_figures(rows, store.folder / "figures")
     else:
         drawn = draw_figures(found, store.folder / "figures")
+    measured = store.energy() if found else None
+    if measured:
+        drawn += energy_figures(found, measured, store.folder / "figures")
     shown = [f"<h2>{escape(d.title)}</h2>{figure(d.svg, d.caption, d.title)}" for d in drawn]
-    first = [part for part, d in zip(shown, drawn, strict=True) if d.name in ("tradeoff", "sweep")]
+    first = [part for part, d in zip(shown, drawn, strict=True) if d.name in _FIRST]
     title = f"moesaic {preset}" if reproduces else f"moesaic sweep {preset}".strip()
     parts = [
         f'<h1>{escape(title)}</h1>\n<p class="soft">{escape(summary_line(rows, environment))}</p>',
         published_section(record) if record else _UNFINISHED if reproduces else "",
         words_section(million_words(rows) if million else plain_words(found, compared)),
         *first,
+        energy_section(found, measured) if measured else "",
         comparison_section(compared),
         *(part for part in shown if part not in first),
         rates_section(rows),
@@ -94,6 +99,7 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
+_FIRST = ("tradeoff", "sweep", "cost", "efficiency_gap")
 _REPRODUCE = "reproduce "
 _UNFINISHED = "<p>The reproduction did not end, so there is no comparison with the published numbers yet.</p>"
 

@@ -3,7 +3,7 @@
 ``runs.jsonl`` holds one JSON row per trained model. Rows arrive in one ``write`` of whole lines on a descriptor opened
 with ``O_APPEND``, followed by ``fsync``; what a kill leaves behind is therefore whole lines and at most one torn one at
 the end, which reading ignores and the next append cuts off. ``runs.parquet`` and ``environment.json`` are replaced
-whole.
+whole. ``energy.json``, where a sweep was measured, fills the joule columns of the rows whenever they are read.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from moesaic.bench.plan import InputError, Row
 
 TIME_COLUMNS = ("wall_s", "started_at", "gpu_board_j", "cpu_package_j")
 """The measured columns: the only ones in which an interrupted and resumed sweep may differ from an undisturbed one."""
+ENERGY_FILE = "energy.json"
 
 RESULT_COLUMNS: dict[str, str] = {
     **dict.fromkeys(("trained_by", "device"), "VARCHAR"),
@@ -78,12 +80,32 @@ class RunStore:
         self._size = 0  # bytes in all, a torn last line included
 
     def rows(self) -> list[Row]:
-        """Every row once, in the order they were appended.
+        """Every row once, in the order they were appended, with the joules that were measured after the sweep.
 
         Raises:
             InputError: a line before the last is no JSON row, so the file was damaged by something else than a kill.
         """
-        return list(self._load().values())
+        rows, record = self._load(), self.energy()
+        if record is None:
+            return list(rows.values())
+        joules = _energy_columns(record)
+        return [{**row, **joules[key]} if key in joules else row for key, row in rows.items()]
+
+    def energy(self) -> dict[str, Any] | None:
+        """What ``energy.json`` holds (see `moesaic.bench.sweep_energy`), None where nothing was measured.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        path = self.folder / ENERGY_FILE
+        if not path.exists():
+            return None
+        try:
+            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            _energy_columns(record)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged; remove it and measure again: {error}") from error
+        return record
 
     def keys(self) -> set[str]:
         """The ``run_key`` of every row."""
@@ -170,6 +192,16 @@ class RunStore:
         if created:
             sync_folder(self.folder)
         self._whole = self._size = self._whole + len(lines)
+
+
+def _energy_columns(record: Mapping[str, Any]) -> dict[str, Row]:
+    """By run key, the joule column that ``energy.json`` fills: the mean over trials, of valid cells alone."""
+    return {
+        key: {f"{record['meter']}_j": math.fsum(cell["joules_per_run"]) / len(cell["joules_per_run"])}
+        for cell in record["cells"]
+        if cell["valid"]
+        for key in cell["run_keys"]
+    }
 
 
 def read_rows(path: Path) -> tuple[dict[str, Row], int, int]:

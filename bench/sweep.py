@@ -34,6 +34,7 @@ from moesaic.bench.plan import (
     unique,
 )
 from moesaic.bench.store import RunStore
+from moesaic.bench.sweep_energy import check_cells, measure_sweep
 
 if TYPE_CHECKING:
     from moesaic.moe import Run, TrainResult
@@ -118,6 +119,7 @@ def run_sweep(
     progress: bool = True,
     max_models: int | None = None,
     trainer: Trainer | None = None,
+    energy: bool = False,
     argv: Sequence[str] = (),
 ) -> SweepResult:
     """Trains every run of ``preset`` that ``out`` does not hold yet and writes ``runs.parquet``.
@@ -138,6 +140,8 @@ def run_sweep(
         max_models: most models trained as one group; by default the preset's own number, or `MAX_MODELS`.
         trainer: trains and measures a group; by default `train_and_measure`, with the preset's own columns if it has
             such.
+        energy: when all are trained, measure seconds and joules of every cell's training, as
+            `moesaic.bench.sweep_energy` says.
         argv: the command line, for ``environment.json``.
 
     Raises:
@@ -150,6 +154,8 @@ def run_sweep(
         raise InputError(f"seeds = {seeds}: must be an integer >= 1")
     device = environment.resolve_device(device)
     check_impl(impl, device)
+    if energy:
+        check_cells(preset, quick, seeds)
     stages = preset.stages(quick, seeds)
     memory = environment.device_memory_bytes(device)
     first = unique(stages[0]([]))
@@ -189,6 +195,13 @@ def run_sweep(
                 _run_groups(groups, store, bar, trainer, device, impl, appended)
                 by_key = {row["run_key"]: row for row in store.rows()}
                 rows = [by_key[item.run.key] for item in planned]
+        except KeyboardInterrupt:
+            interrupted = True
+    if energy and not interrupted:
+        try:
+            measure_sweep(store, device=device, impl=impl, quick=quick, say=_say if progress else _silent)
+            by_key = {row["run_key"]: row for row in store.rows()}
+            rows = [by_key[item.run.key] for item in planned]
         except KeyboardInterrupt:
             interrupted = True
     store.finish([item.run.key for item in planned])
@@ -250,6 +263,14 @@ def compile_cpu_trainer(planned: Iterable[PlannedRun]) -> None:
 
 
 def _nothing(rows: Sequence[Row]) -> None:
+    pass
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _silent(line: str) -> None:
     pass
 
 

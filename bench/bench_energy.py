@@ -1,0 +1,249 @@
+"""``moesaic bench energy``: FLOPs, bytes, seconds and joules of sparse against dense work, on the same random data.
+
+Layers, training steps of toy models, and whole toy trainings to equal held-out loss. Times come from interleaved
+rounds; joules from windows of equal duration, the sides in turn (`moesaic.metrics.compare_energy`), where the machine
+has a meter. Where it has none they are null, and the reason is part of the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesaic.bench.efficiency import YARDSTICK_WORDS, Cost, Gap, efficiency_gap, gap, gap_words, spread, three
+from moesaic.bench.energy_cases import LAYERS, QUICK_LAYERS, TOY, Work, layer_works, step_works
+from moesaic.bench.energy_training import FULL, QUICK, EqualLoss, to_equal_loss, training_works
+from moesaic.bench.interleave import Timing, clock, interleave
+from moesaic.bench.kernel_bench import Findings, Options, Table
+from moesaic.bench.plan import PlannedRun, Row
+from moesaic.bench.words import si
+
+ROUNDS, LEAST_S = 7, 0.2
+QUICK_ROUNDS, QUICK_LEAST_S = 3, 0.05
+WINDOWS: dict[str, float] = {"duration_s": 5.0, "trials": 5, "cooldown_s": 5.0, "warmup_s": 2.0, "idle_s": 10.0}
+QUICK_WINDOWS: dict[str, float] = {"duration_s": 2.0, "trials": 3, "cooldown_s": 1.0, "warmup_s": 1.0, "idle_s": 10.0}
+
+HEADER = ("what", "matched by", "ms", "FLOPs", "bytes", "GFLOP/s", "J", "CV", "W", "idle W", "GFLOP/J")
+NOTES = (
+    "Everything per unit: a token, a step of one model, a whole training of one model. ms: median of the rounds "
+    "[fastest-slowest], all sides in turn. FLOPs: useful products; bytes: every operation reads its operands and "
+    "writes its result once.",
+    "J: gross, of the scope that the meter covers; CV: spread over trials, of which 2 % or more makes a figure invalid "
+    "(it is null here and in the JSON's `valid`). Never estimated from a data sheet.",
+    "Masked: the MoE's own function by dense products, all experts for all tokens. It is no dense baseline: most of "
+    "the operands of its second product are zeros, which draw less power.",
+)
+RATIOS = ("matched by", "sparse / dense", "FLOPs", "bytes", "time", "joules")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A workload, its timing per call, and what its meter said (an `EnergyResult`), None where there is none."""
+
+    work: Work
+    timing: Timing
+    energy: Any
+
+    @property
+    def joules(self) -> tuple[float, ...]:
+        """Joules per unit by trial; empty where not measured or not valid."""
+        if self.energy is None or not self.energy.valid:
+            return ()
+        return tuple(value / self.work.units for value in self.energy.trial_joules)
+
+    @property
+    def cost(self) -> Cost:
+        """Of one unit."""
+        seconds = tuple(value / self.work.units for value in self.timing.seconds)
+        return Cost(self.work.flops, self.work.bytes, seconds, self.joules)
+
+    def row(self, reason: str | None) -> Row:
+        """The workload as JSON values; joules in the column of the unit."""
+        work, cost, energy = self.work, self.cost, self.energy
+        joules = cost.median("joules")
+        seconds = self.timing.median / work.units
+        names = {"token": "j_per_token", "step": "j_per_step", "training": "j_to_target_loss"}
+        return {
+            "subject": work.subject, "case": work.case, "name": work.name, "matched_by": work.matched_by,
+            "dtype": work.dtype, "unit": work.unit, "units_per_call": work.units,
+            "seconds": seconds, "seconds_rounds": list(cost.seconds), "flops": work.flops, "bytes": work.bytes,
+            "useful_flops_per_s": None if work.flops is None else work.flops / seconds,
+            **dict.fromkeys(names.values()), names[work.unit]: joules,
+            "useful_flops_per_j": None if joules is None or work.flops is None else work.flops / joules,
+            "power_w": energy and energy.power_w,
+            "idle_w": None if energy is None else (energy.idle_before_w + energy.idle_after_w) / 2,
+            "cv": energy and energy.cv, "valid": bool(energy and energy.valid), "not_measured": reason,
+            "energy": None if energy is None else dataclasses.asdict(energy),
+        }  # fmt: skip
+
+    def line(self) -> tuple[str, ...]:
+        """The workload's line of the table."""
+        work, row = self.work, self.row(None)
+        per_ms = 1e3 / work.units
+        timing = self.timing
+        return (
+            work.name, work.matched_by or "(sparse)",
+            f"{_ms(timing.median * per_ms)} [{_ms(timing.low * per_ms)}-{_ms(timing.high * per_ms)}]",
+            *(si(value) if value is not None else "-" for value in (work.flops, work.bytes)),
+            "-" if work.flops is None else three(work.flops / (timing.median / work.units) / 1e9),
+            "-" if not self.joules else f"{self.cost.median('joules'):.3g}",
+            "-" if row["cv"] is None else f"{100 * float(str(row['cv'])):.1f} %",
+            *("-" if row[name] is None else f"{row[name]:.0f}" for name in ("power_w", "idle_w")),
+            "-" if row["useful_flops_per_j"] is None else three(float(str(row["useful_flops_per_j"])) / 1e9),
+        )  # fmt: skip
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+
+
+def measure(works: Sequence[Work], options: Options, meter: Any) -> list[Measured]:
+    """Time the workloads of a group in turn and, with a meter, measure their joules in turn.
+
+    Raises:
+        RuntimeError: the counter moved fewer than ten times in a window.
+    """
+    contenders = {work.name: clock(partial(_repeat, work), options.device) for work in works}
+    rounds, least_s = (QUICK_ROUNDS, QUICK_LEAST_S) if options.quick else (ROUNDS, LEAST_S)
+    timings = interleave(contenders, rounds=rounds, least_s=least_s)
+    results: dict[str, Any] = {}
+    if meter is not None:
+        from moesaic.metrics.energy import compare_energy
+
+        windows = QUICK_WINDOWS if options.quick else WINDOWS
+        results = compare_energy({work.name: work.call for work in works}, meter=meter, **windows)
+    return [Measured(work, timings[work.name], results.get(work.name)) for work in works]
+
+
+def _repeat(work: Work, count: int) -> None:
+    for _ in range(count):
+        work.call()
+
+
+def gaps(found: Sequence[Measured]) -> list[Gap]:
+    """Every dense workload against the sparse one of its subject and case, once per way of matching."""
+    result = []
+    for one in found:
+        work = one.work
+        base = next(m for m in found if m.work.is_sparse and _same(m.work, work))
+        for kind in work.matched_by.split("; ") if work.matched_by else ():
+            names = (f"{work.subject}: {base.work.name}", work.name)
+            result.append(gap(kind, names, base.cost, one.cost))
+    kinds = list(dict.fromkeys(one.matched_by for one in result))
+    return sorted(result, key=lambda one: kinds.index(one.matched_by))
+
+
+def _same(one: Work, other: Work) -> bool:
+    return (one.subject, one.case) == (other.subject, other.case)
+
+
+def run(options: Options) -> Findings:
+    """Measure layers, steps and trainings, sparse against dense."""
+    from moesaic.metrics.energy import find_meter
+
+    source = find_meter("auto", device=options.device)
+    reason, meter = (source, None) if isinstance(source, str) else (None, source)
+    what = f"joules not measured, so null: {reason}" if meter is None else f"joules of {meter.scope}"
+    options.say(f"bench energy: {what}")
+    found: list[Measured] = []
+    not_run: list[str] = []
+    layers = (QUICK_LAYERS if options.quick else LAYERS)[options.device]
+    for case in layers:
+        try:
+            for works in layer_works(case, options.device):
+                found += _told(measure(works, options, meter), options)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            not_run.append(f"layer {case.name} not run: {type(error).__name__}")
+    found += _told(measure(step_works(TOY, options.device, options.quick), options, meter), options)
+    budget = QUICK if options.quick else FULL
+    options.say("bench energy: tuning and training toy models to equal loss")
+    equal = to_equal_loss(TOY, budget, partial(_train, device=options.device))
+    trainings = training_works(TOY, equal, budget, options.device)
+    found += _told(measure(trainings, options, meter), options)
+    return _findings(found, equal, reason, not_run)
+
+
+def _train(group: Sequence[PlannedRun], device: str) -> list[Row]:
+    from moesaic.bench.sweep import train_and_measure
+
+    return train_and_measure(group, device=device, impl="auto", progress=lambda steps, loss: None)
+
+
+def _told(found: list[Measured], options: Options) -> list[Measured]:
+    for one in found:
+        line = one.line()
+        options.say(f"bench energy {one.work.subject}, {one.work.case}: {line[0]} {line[2]} ms, {line[6]} J")
+    return found
+
+
+def _findings(found: list[Measured], equal: EqualLoss, reason: str | None, not_run: Sequence[str]) -> Findings:
+    compared = gaps(found)
+    tables = []
+    for subject, case in dict.fromkeys((one.work.subject, one.work.case) for one in found):
+        members = [one for one in found if (one.work.subject, one.work.case) == (subject, case)]
+        tables.append(Table(f"{subject}, per {members[0].work.unit}: {case}", HEADER, [m.line() for m in members]))
+    lines = [
+        (
+            one.matched_by,
+            f"{one.sparse} / {one.dense}",
+            *(spread(one.factors[q]) for q in ("flops", "bytes", "seconds", "joules")),
+        )
+        for one in compared
+    ]
+    words = [gap_words(compared, reason), *NOTES, *_equal_loss_words(equal), YARDSTICK_WORDS, *not_run]
+    tables.append(Table("Dense over sparse: cost of the dense side over the sparse one's", RATIOS, lines, words))
+    rows = [one.row(reason) for one in found] + _null_rows(equal, reason)
+    return Findings(
+        rows, tables, partial(_draw, compared, reason), {"equal_loss": _record(equal), "not_measured": reason}
+    )
+
+
+def _equal_loss_words(equal: EqualLoss) -> list[str]:
+    from moesaic.bench.energy_cases import toy_name
+
+    missed = [toy_name(toy) for toy, attempt in equal.reached.items() if attempt is None]
+    text = f"Target: held-out unexplained variance {equal.target:.4f}, the MoE's mean over seeds for all of the steps."
+    return [f"{text} Not reached by {', '.join(missed)}: null." if missed else text]
+
+
+def _null_rows(equal: EqualLoss, reason: str | None) -> list[Row]:
+    """Models that were to be compared and never reached the target: all of their costs are null."""
+    from moesaic.bench.energy_cases import toy_name
+
+    return [
+        {
+            "subject": "toy model, training to equal loss", "case": TOY.name, "name": toy_name(toy),
+            "matched_by": equal.matched_by[toy], "unit": "training", "j_to_target_loss": None, "seconds": None,
+            "flops": None, "bytes": None, "valid": False, "not_measured": "the target loss was not reached",
+        }
+        for toy, attempt in equal.reached.items()
+        if attempt is None and equal.matched_by[toy]
+    ]  # fmt: skip
+
+
+def _record(equal: EqualLoss) -> dict[str, object]:
+    return {
+        "target": equal.target,
+        "attempts": [
+            {"n_hidden": one.toy.n_hidden, "n_experts": one.toy.n_experts, "top_k": one.toy.top_k, "steps": one.steps,
+             "lr": one.lr, "lr_at_edge_of_grid": one.at_edge, "losses": one.losses, "reached": one.mean <= equal.target}
+            for one in equal.attempts
+        ],
+    }  # fmt: skip
+
+
+def _draw(compared: Sequence[Gap], reason: str | None, folder: Path) -> list[Path]:
+    from moesaic.bench.plot_style import save, style
+
+    with style():
+        figure = efficiency_gap(compared, reason)
+        if figure is None:
+            return []
+        save(figure, folder, "bench-energy")
+    return [folder / f"bench-energy.{kind}" for kind in ("png", "svg")]

@@ -1,0 +1,149 @@
+"""Seconds and joules of a sweep's trainings, measured after it: each cell's runs are trained again, all in turn.
+
+A cell is an architecture on a data set. Its seeds train as one stack, as they did in the sweep, again and again:
+first by the clock, in interleaved rounds, then, where a meter is, in windows of equal duration (see
+`moesaic.metrics.compare_energy`). Joules and seconds of a run are those of its stack over the number of its models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from moesaic.bench import environment
+from moesaic.bench.interleave import clock, equal_threads, interleave
+from moesaic.bench.plan import InputError, PlannedRun, Preset, Row, is_large
+from moesaic.bench.store import ENERGY_FILE, RunStore, jsonable, replace_file
+
+ROUNDS, QUICK_ROUNDS, LEAST_S = 5, 3, 0.05
+WINDOWS: dict[str, float] = {"duration_s": 2.0, "trials": 5, "cooldown_s": 1.0, "warmup_s": 1.0, "idle_s": 10.0}
+QUICK_WINDOWS = {**WINDOWS, "trials": 3}
+MOST_CELLS = 200
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The finished seeds of a cell."""
+
+    dataset: str
+    architecture: str
+    rows: tuple[Row, ...]
+
+    @property
+    def name(self) -> str:
+        """Architecture and data set."""
+        return f"{self.architecture} on {self.dataset}"
+
+
+def check_cells(preset: Preset, quick: bool, seeds: int | None) -> None:
+    """Refuses a sweep that cannot be measured, before any work.
+
+    Raises:
+        InputError: a run of many features, or more than 200 cells, which would take hours.
+    """
+    first = preset.stages(quick, seeds)[0]([])
+    count = len({(item.run.toy, item.run.features) for item in first})
+    large: PlannedRun | None = next((item for item in first if is_large(item.run)), None)
+    if large is not None:
+        raise InputError(
+            f"--energy: {preset.name} trains n_features = {large.run.toy.n_features} on sparse batches, one run at a "
+            "time; takes a sweep of stacked models"
+        )
+    if count > MOST_CELLS:
+        raise InputError(
+            f"--energy: {preset.name} has {count} architectures on their data; takes at most {MOST_CELLS}, as each is "
+            "trained again many times"
+        )
+
+
+def stacks(rows: Sequence[Row]) -> list[Stack]:
+    """The cells of a sweep's finished runs, tuning runs left out."""
+    from moesaic.bench.analysis import cells
+
+    return [Stack(cell.dataset, cell.architecture, cell.rows) for cell in cells(rows)]
+
+
+def measure_sweep(
+    store: RunStore, *, device: str, impl: str, quick: bool, say: Callable[[str], None], meter: Any = "auto"
+) -> None:
+    """Measure every cell and write ``energy.json`` into the run folder, unless it holds these cells already.
+
+    The columns ``gpu_board_j`` or ``cpu_package_j`` of the rows follow from it: null without a meter, and where trials
+    spread by 2 % or more. Nothing is written before all cells are measured, because they are measured in turn.
+    """
+    from moesaic.metrics.energy import find_meter
+
+    found = stacks(store.rows())
+    if not found:
+        return
+    held = store.energy()
+    if held is not None and _covers(held, found, device):
+        return
+    works = {one.name: _training(one, device, impl) for one in found}
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    say(f"measuring the time of {len(found)} trainings, in turn")
+    with equal_threads() as threads:
+        timings = interleave(
+            {name: clock(partial(_repeat, work), device) for name, work in works.items()},
+            rounds=QUICK_ROUNDS if quick else ROUNDS, least_s=LEAST_S,
+        )  # fmt: skip
+        source = find_meter(meter, device=device) if isinstance(meter, str) else meter
+        results: Mapping[str, Any] = {}
+        reason = None
+        if isinstance(source, str):
+            reason = source
+            say(f"joules not measured, so null: {reason}")
+        else:
+            say(f"measuring joules with the meter of {source.scope}")
+            try:
+                from moesaic.metrics.energy import compare_energy
+
+                results = compare_energy(works, meter=source, **(QUICK_WINDOWS if quick else WINDOWS))
+            except RuntimeError as error:
+                reason = str(error)
+                say(f"joules not measured, so null: {reason}")
+    cells = [_cell(one, timings[one.name], results.get(one.name)) for one in found]
+    record = {
+        "device": device, "impl": impl, "quick": quick, "threads": threads, "load_average": load,
+        "measured": environment.now(), "meter": None if isinstance(source, str) else source.scope, "reason": reason,
+        "cells": cells,
+    }  # fmt: skip
+    text = json.dumps(jsonable(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_file(store.folder / ENERGY_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _training(stack: Stack, device: str, impl: str) -> Callable[[], object]:
+    """Trains the whole stack once."""
+    from moesaic.moe import train_runs
+    from moesaic.moe.config import Run
+
+    names = list(Run().flat())
+    runs = [Run.from_flat({name: row[name] for name in names}) for row in stack.rows]
+    return lambda: train_runs(runs, device=device, impl=impl)
+
+
+def _repeat(work: Callable[[], object], count: int) -> None:
+    for _ in range(count):
+        work()
+
+
+def _cell(stack: Stack, timing: Any, result: Any) -> Row:
+    models = len(stack.rows)
+    energy = None if result is None else dataclasses.asdict(result)
+    joules = [] if result is None else [one / models for one in result.trial_joules]
+    return {
+        "dataset": stack.dataset, "architecture": stack.architecture, "models": models,
+        "run_keys": [row["run_key"] for row in stack.rows], "steps": stack.rows[0].get("steps"),
+        "seconds_per_run": [one / models for one in timing.seconds], "joules_per_run": joules,
+        "valid": bool(result is not None and result.valid), "energy_of_the_stack": energy,
+    }  # fmt: skip
+
+
+def _covers(held: Mapping[str, Any], found: Sequence[Stack], device: str) -> bool:
+    keys = {tuple(cell["run_keys"]) for cell in held["cells"]}
+    return held["device"] == device and keys == {tuple(row["run_key"] for row in one.rows) for one in found}
