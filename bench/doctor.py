@@ -141,11 +141,12 @@ def _grouped(device: str, asked: str | None, numba_here: bool) -> tuple[str, str
 
 
 def energy_meters() -> list[Meter]:
-    """The meter behind each joule column, or why there is none; sweeps leave both columns null so far."""
-    from moesaic.metrics.energy import NvmlMeter, RaplMeter
+    """The meters that could fill each joule column, NVML before Zeus, and why one cannot."""
+    from moesaic.metrics.meters import EnergyMeter, NvmlMeter, RaplMeter, ZeusMeter
 
     meters = []
-    for kind in (NvmlMeter, RaplMeter):
+    kinds: tuple[type[EnergyMeter], ...] = (NvmlMeter, ZeusMeter, RaplMeter)
+    for kind in kinds:
         try:
             kind()
         except RuntimeError as error:

@@ -1,12 +1,18 @@
 """What is measured: superposition, usage and specialisation of experts; FLOPs, bytes and energy of what they cost."""
 
-from moesaic.metrics.energy import EnergyMeter as EnergyMeter
+from moesaic.metrics.energy import EnergyRatio as EnergyRatio
 from moesaic.metrics.energy import EnergyResult as EnergyResult
-from moesaic.metrics.energy import find_meter as find_meter
+from moesaic.metrics.energy import compare_energy as compare_energy
+from moesaic.metrics.energy import energy_ratio as energy_ratio
 from moesaic.metrics.energy import measure_energy as measure_energy
+from moesaic.metrics.energy_model import EnergyModel as EnergyModel
+from moesaic.metrics.energy_model import EnergyPoint as EnergyPoint
+from moesaic.metrics.energy_model import fit_energy_model as fit_energy_model
 from moesaic.metrics.flops import Flops as Flops
 from moesaic.metrics.flops import count_flops as count_flops
 from moesaic.metrics.flops import dense_width_at_equal_flops as dense_width_at_equal_flops
+from moesaic.metrics.meters import EnergyMeter as EnergyMeter
+from moesaic.metrics.meters import find_meter as find_meter
 from moesaic.metrics.specialization import Specialization as Specialization
 from moesaic.metrics.specialization import expert_specialization as expert_specialization
 from moesaic.metrics.superposition import DIMENSIONALITY_LINES as DIMENSIONALITY_LINES

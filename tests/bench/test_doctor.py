@@ -97,15 +97,17 @@ def test_a_missing_extra_is_named_with_the_command_that_brings_it(monkeypatch: p
 
 
 def test_a_meter_that_cannot_be_read_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moesaic.metrics import energy
+    from moesaic.metrics import meters
 
     def refuse(self: object) -> None:
         raise RuntimeError("no counter here")
 
-    monkeypatch.setattr(energy.NvmlMeter, "__init__", refuse)
-    monkeypatch.setattr(energy.RaplMeter, "__init__", lambda self: None)
-    gpu, cpu = energy_meters()
-    assert (gpu.column, gpu.meter, gpu.why) == ("gpu_board_j", None, "no counter here")
+    monkeypatch.setattr(meters.NvmlMeter, "__init__", refuse)
+    monkeypatch.setattr(meters.ZeusMeter, "__init__", lambda self: None)
+    monkeypatch.setattr(meters.RaplMeter, "__init__", lambda self: None)
+    nvidia, other, cpu = energy_meters()
+    assert (nvidia.column, nvidia.meter, nvidia.why) == ("gpu_board_j", None, "no counter here")
+    assert (other.column, other.meter) == ("gpu_board_j", "ZeusMeter")
     assert (cpu.column, cpu.meter) == ("cpu_package_j", "RaplMeter")
 
 
