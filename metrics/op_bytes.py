@@ -13,7 +13,7 @@ from moesaic.kernels._accounting import is_known, moved
 
 _FREE = frozenset({
     "empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "_unsafe_view",
-    "resize_", "resize_as_", "set_", "sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "is_same_size",
+    "resize_", "resize_as_", "set_", "is_same_size", "device",
 })  # fmt: skip
 """Allocate or look, and move nothing; what the schema calls a view neither."""
 _READ_NOTHING = frozenset({
