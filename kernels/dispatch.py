@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from moesaic.kernels._accounting import Call, Work, moved, register_work
 from moesaic.kernels._backend import uses_triton
 from moesaic.kernels._extras import numba_twin
 
@@ -146,6 +147,16 @@ def _permute_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 _permute_rows.register_autograd(_permute_backward, setup_context=_permute_setup)
+
+
+@register_flop_formula(torch.ops.moesaic.permute_rows)
+def _permute_flops(*args: object, **kwargs: object) -> int:
+    return 0
+
+
+@register_work(torch.ops.moesaic.permute_rows)
+def _permute_work(call: Call, rows: Tensor, order: Tensor, inverse: Tensor) -> Work:
+    return Work(0, 0, 2 * order.shape[0] * rows.shape[1] * rows.element_size() + moved(order))
 
 
 def combine(rows: Tensor, weights: Tensor, grouping: Grouping) -> Tensor:

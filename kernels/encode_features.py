@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from moesaic.kernels._accounting import Call, Groups, Work, moved, record, register_work, up_to
 from moesaic.kernels._backend import uses_triton
 from moesaic.kernels._extras import numba_twin
 from moesaic.kernels._threads import in_parts
@@ -63,10 +64,11 @@ def gather_rows(starts: Tensor, entries: Tensor, values: Tensor, source: Tensor,
     (_, _, m), (stride_e, stride_n, _) = source.shape, source.stride()
     n_rows, k = starts.shape[0] - 1, 1 if ids is None else ids.shape[1]
     out = source.new_empty(n_rows, k, m)
+    record("gather_rows", lambda: (2 * entries.shape[0] * k * m, _gather_work(starts, entries, values, source, ids)))
     if out.numel() == 0:
         return out
     if uses_triton(source):
-        block = min(512, triton.next_power_of_2(m))
+        block = _block(m)
         with torch.cuda.device_of(source):
             _gather_kernel[(n_rows * k, triton.cdiv(m, block))](
                 starts, entries, values, values if ids is None else ids.contiguous(), source, out, stride_e, stride_n,
@@ -83,6 +85,20 @@ def gather_rows(starts: Tensor, entries: Tensor, values: Tensor, source: Tensor,
     bounds = [n_rows * part // n_parts for part in range(n_parts + 1)]
     in_parts(lambda part: twin.gather(bounds[part], bounds[part + 1], *arrays), n_parts, twin.get_num_threads())
     return out
+
+
+def _block(m: int) -> int:
+    return min(512, int(triton.next_power_of_2(m)))
+
+
+def _gather_work(starts: Tensor, entries: Tensor, values: Tensor, source: Tensor, ids: Tensor | None) -> Work:
+    """A row of the source is read for every entry and choice; whose entries these are, only the caller knows."""
+    m = source.shape[2]
+    n_rows, k = starts.shape[0] - 1, 1 if ids is None else ids.shape[1]
+    rows = entries.shape[0] * k
+    moves = moved(starts, entries, values, ids) + (rows + n_rows * k) * m * source.element_size()
+    executed = 2 * rows * (up_to(m, _block(m)) if uses_triton(source) else m)
+    return Work(executed, None, moves)
 
 
 def _gather_torch(starts: Tensor, entries: Tensor, values: Tensor, source: Tensor, ids: Tensor | None) -> Tensor:
@@ -206,6 +222,37 @@ def _flops_backward(
     starts: Any, entries: Any, values: Any, grad: Any, ids: Any, *args: object, **kwargs: object
 ) -> int:
     return 2 * int(entries[0]) * int(grad[1]) * int(grad[2])
+
+
+@register_work(torch.ops.moesaic.encode_features)
+def _work(call: Call, starts: Tensor, entries: Tensor, values: Tensor, weight: Tensor, ids: Tensor | None) -> Work:
+    """A dense batch is written out once, in stripes, and its rows copied and read for every choice."""
+    n_experts, n, m = weight.shape
+    every = 2 * entries.shape[0] * m * (1 if ids is None else n_experts)
+    if not _is_dense(starts, entries, n):
+        return _gather_work(starts, entries, values, weight, ids)._replace(dense_equivalent=every)
+    n_rows, k = starts.shape[0] - 1, 1 if ids is None else ids.shape[1]
+    groups = Groups(n_rows, 1) if ids is None else Groups.of_ids(ids, n_experts)
+    moves = moved(starts, entries, values, ids) + (1 + 3 * k) * n_rows * n * values.element_size()
+    moves += (groups.touched * n * m + n_rows * k * m) * weight.element_size()
+    return Work(2 * n_rows * k * n * m, every, moves, ids is not None and groups.bound)
+
+
+@register_work(torch.ops.moesaic.encode_features_backward)
+def _work_backward(
+    call: Call, starts: Tensor, entries: Tensor, values: Tensor, grad: Tensor, ids: Tensor | None, n_experts: int,
+    n_features: int,
+) -> Work:  # fmt: skip
+    """A row of the gradient is read for every entry and choice, or every choice's if the batch is written out."""
+    n_rows, k, m = grad.shape
+    every = 2 * entries.shape[0] * m * (1 if ids is None else n_experts)
+    moves = moved(starts, entries, values, ids) + n_experts * n_features * m * grad.element_size()
+    if _is_dense(starts, entries, n_features):
+        moves += (1 + 3 * k) * n_rows * n_features * values.element_size() + moved(grad)
+        return Work(2 * n_rows * k * n_features * m, every, moves)
+    rows = entries.shape[0] * k
+    executed = 2 * rows * (up_to(m, _block(m)) if uses_triton(grad) else m)
+    return Work(executed, every, moves + rows * m * grad.element_size())
 
 
 def encode_features(x: Tensor, weight: Tensor, ids: Tensor | None = None) -> Tensor:

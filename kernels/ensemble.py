@@ -16,10 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moesaic.kernels.features import FeatureTable
+from moesaic.kernels._accounting import Groups, Work, moved, record
+from moesaic.kernels.features import INDEPENDENT, FeatureTable
 
 _CPU = torch.device("cpu")
 GATES = ("paper", "switch", "sigmoid", "straight_through", "random", "oracle")
+FROZEN = ("random", "oracle")
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def train_ensemble(
     _check_values(shape, settings)
     if not 0 <= first_step <= 2**32 - lr.shape[1]:
         raise ValueError(f"first_step={first_step}: takes an integer from 0 to 2**32 - steps")
+    record("train_ensemble", lambda: _work(shape, settings, state, lr))
     args = (shape, settings, state, exp_avg, exp_avg_sq, lr, first_step)
     if state.device.type == "cpu":
         from moesaic.kernels import ensemble_cpu
@@ -162,6 +165,32 @@ def train_ensemble(
             return ensemble_registers.launch(*args)
         ensemble_memory.check(shape, settings)
         return ensemble_memory.launch(*args)
+
+
+def _work(shape: EnsembleShape, settings: EnsembleSettings, state: Tensor, lr: Tensor) -> tuple[int, Work]:
+    """Encoding twice, decoding three times, a router once and once more if it is trained; executed at most.
+
+    Bytes: state and moments are read and written once, or in every step where a GPU keeps them in memory; losses.
+    """
+    from moesaic.kernels import ensemble_registers
+
+    steps, batch = lr.shape[1], shape.batch_size
+    routed = [int(shape.n_experts > 1 or GATES[gate] == "sigmoid") for gate in settings.gate.tolist()]
+    trained = [has and GATES[gate] not in FROZEN for has, gate in zip(routed, settings.gate.tolist(), strict=True)]
+    router = 2 * steps * shape.n_features * batch * shape.n_experts * (sum(routed) + sum(trained))
+
+    def flops(samples: int) -> int:
+        width = samples * shape.n_hidden + batch * shape.shared_hidden
+        return 10 * steps * len(routed) * shape.n_features * width + router
+
+    worst = Groups(batch * shape.top_k, min(shape.n_experts, batch * shape.top_k))
+    counts = [1] * (worst.touched - 1) + [worst.rows - worst.touched + 1]
+    independent = bool((settings.features.kind == INDEPENDENT).all())
+    trained_by = "triton" if state.is_cuda else "numba"
+    executed = executed_samples(shape, counts, trained_by, independent=independent)
+    passes = steps if state.is_cuda and not ensemble_registers.fits(shape, settings) else 1
+    moves = 6 * passes * moved(state) + moved(settings.importance, settings.features.probability, lr) + 8 * lr.numel()
+    return flops(batch * shape.top_k), Work(flops(executed), flops(batch * shape.n_experts), moves, bound=True)
 
 
 def _check_values(shape: EnsembleShape, settings: EnsembleSettings) -> None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moesaic.kernels._accounting import Work, moved, record
 from moesaic.kernels._extras import numba_twin
 from moesaic.kernels._threads import in_parts
-from moesaic.kernels.ensemble import EnsembleShape
+from moesaic.kernels.ensemble import GATES, EnsembleShape
 
 _CHUNK = 256  # samples whose temporaries of a small model fit into the first-level cache
 _BLOCKS_PER_THREAD = 8  # enough to even out, few enough that no thread waits for Python
@@ -95,6 +96,7 @@ def evaluate_ensemble(
         carried=torch.zeros(s, n_columns, n, dtype=torch.float64),
     )
     masked, chunk = _plan(shape)
+    record("evaluate_ensemble", lambda: _work(shape, gate, state, samples, square_norms, found, masked=masked))
     twin = numba_twin("evaluate_cpu")
     sizes = (n, shape.n_hidden, n_experts, shape.top_k, shape.shared_hidden, shape.tied)
     inputs = [tensor.detach().contiguous().numpy() for tensor in (gate, state, square_norms)]
@@ -111,6 +113,23 @@ def evaluate_ensemble(
     block = max(1, -(-s // (threads * _BLOCKS_PER_THREAD)))
     in_parts(lambda i: evaluate(i * block, min((i + 1) * block, s)), -(-s // block), threads)
     return found
+
+
+def _work(
+    shape: EnsembleShape, gate: Tensor, state: Tensor, samples: Tensor, square_norms: Tensor,
+    found: EnsembleEvaluation, *, masked: bool,
+) -> tuple[int, Work]:  # fmt: skip
+    """Encoding, decoding and the router; every expert computes every sample if masked, else SIMD lanes are padded."""
+    batch, n = samples.shape[1:]
+    routed = int((gate == GATES.index("sigmoid")).sum()) if shape.n_experts == 1 else gate.shape[0]
+
+    def flops(experts: int) -> int:
+        width = experts * shape.n_hidden + shape.shared_hidden
+        return 2 * batch * n * (2 * gate.shape[0] * width + routed * shape.n_experts)
+
+    every = flops(shape.n_experts)
+    moves = moved(gate, state, square_norms, samples, *vars(found).values())
+    return flops(shape.top_k), Work(every if masked else None, every, moves)
 
 
 def _plan(shape: EnsembleShape) -> tuple[bool, int]:

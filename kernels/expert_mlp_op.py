@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from moesaic.kernels import _padding
+from moesaic.kernels._accounting import Call, Groups, Work, moved, register_work
 from moesaic.kernels._backend import grouped
 from moesaic.kernels.activations import activate, activate_backward
 from moesaic.kernels.dispatch import _group
-from moesaic.kernels.grouped_matmul import is_transposed
+from moesaic.kernels.grouped_matmul import is_transposed, product_bytes, product_kind
 
 TINY, TINY_ROWS = 16, 64
 """Experts narrower than this have no matrix product worth a tile, unless each has more choices than that."""
@@ -264,6 +266,111 @@ def _backward_flops(
     up, back = 2 * rows * gate_up[1] * gate_up[2], 2 * rows * down[1] * down[2]
     total: int = back * (any(wanted[:5]) + wanted[2]) + up * (wanted[0] + wanted[1])
     return total
+
+
+@register_work(torch.ops.moesaic.expert_mlp)
+def _forward_work(
+    call: Call, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor, gate_up_bias: Tensor | None,
+    down_bias: Tensor | None, activation: str, interleaved: bool, keep: bool, precision: str, sparse_grad: bool,
+) -> Work:  # fmt: skip
+    """Bytes: grouping, x's rows, touched weights; h if kept, a and the experts' outputs written, the two read again."""
+    (n_tokens, k), (n_experts, _, width), item = ids.shape, gate_up.shape, x.element_size()
+    every = _forward_flops(x.shape, gate_up.shape, down.shape, weights, (n_tokens, n_experts))
+    n_rows, (_, d_ff, n_out) = n_tokens * k, down.shape
+    if not n_rows or not n_out:
+        return Work(0, every, n_tokens * n_out * item)
+    groups = Groups.of_ids(ids, n_experts)
+    order = moved(ids) + 8 * (n_experts + 1 + 2 * n_rows)
+    result = n_tokens * n_out * item
+    if _is_tiny(down, ids):
+        executed = _padding.tiny_dot(x, gate_up, gate_up_bias, groups, n_rows, k)
+        executed += _padding.tiny_spread(x, down, down_bias, weights, groups, n_tokens, k)
+        read = _product_reads(groups, gate_up, gate_up_bias, item) + _product_reads(groups, down, down_bias, item)
+        # h is written and read, a is written; both products read all ids.
+        between = n_rows * (2 * width + d_ff) * item + 2 * moved(ids)
+        moves = read + between + moved(weights) + result + (order if keep else 0)
+        return Work(executed, every, moves, groups.bound)
+    kind = product_kind(activation, interleaved)
+    executed = _padding.rows(
+        x, gate_up, groups, n_rows, kind=kind, precision=precision, x_fits=_padding.fits(x), bias=gate_up_bias
+    )
+    executed += _padding.rows(
+        x, down, groups, n_rows, precision=precision, x_fits=_padding.row_fits(d_ff, x), bias=down_bias
+    )
+    first = _token_bytes(n_rows) + 8 * n_rows + _product_reads(groups, gate_up, gate_up_bias, item)
+    first += 8 * (n_experts + 1) + n_rows * (d_ff + width * keep) * item
+    second = 8 * (n_experts + 1) + _product_reads(groups, down, down_bias, item) + n_rows * n_out * item
+    combined = groups.rows * n_out * item + moved(weights) + 8 * n_rows + result
+    return Work(executed, every, order + first + second + combined, groups.bound)
+
+
+def _product_reads(groups: Groups, weight: Tensor, bias: Tensor | None, item: int) -> int:
+    return product_bytes(groups, weight, bias, None, item)
+
+
+def _token_bytes(n_rows: int) -> int:
+    """Bytes of dividing the permutation by k."""
+    return 16 * n_rows
+
+
+@register_work(torch.ops.moesaic.expert_mlp_backward)
+def _backward_work(
+    call: Call, dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor,
+    down_bias: Tensor | None, h: Tensor, offsets: Tensor, permutation: Tensor, inverse: Tensor, weight_offsets: Tensor,
+    activation: str, interleaved: bool, precision: str, wanted: Sequence[bool],
+) -> Work:  # fmt: skip
+    """Bytes: of each gradient that is wanted, what its product reads and writes; dh, w·a and ⟨d, a⟩ between them."""
+    (n_tokens, k), (n_experts, depth, width), (_, d_ff, n_out) = ids.shape, gate_up.shape, down.shape
+    n_rows, item, listed = n_tokens * k, x.element_size(), weight_offsets.shape[0] - 1
+    every = _backward_flops(dy, x, gate_up.shape, down.shape, weights, (n_tokens, n_experts), wanted)
+    if not n_rows:
+        return Work(0, every, call.bytes)
+    groups = Groups.of_offsets(offsets, n_rows)
+    edges, wide = 8 * (n_experts + 1), max(4, item)
+    executed, fits, tiny = 0, _padding.fits(dy), _is_tiny(down, ids)
+    moves = _token_bytes(n_rows) + 8 * n_rows + moved(weights) + n_rows * wide  # tokens, and weights by row
+    if any(wanted[:5]):
+        if tiny:
+            executed += _padding.tiny_dot(h, down.mT, None, groups, n_rows, k)
+        else:
+            executed += _padding.rows(
+                h, down.mT, groups, n_rows, kind="backward", precision=precision, x_fits=fits
+            )  # fmt: skip
+        read = _product_reads(groups, down.mT, None, item) + groups.rows * width * item + n_rows * (8 + wide) + edges
+        moves += read + n_rows * (width + d_ff) * item + n_rows * wide
+    if wanted[0]:
+        moves += edges + _product_reads(groups, gate_up.mT, None, item)
+        moves += 8 * n_rows + n_tokens * depth * item
+        if tiny:
+            executed += _padding.tiny_spread(h, gate_up.mT, None, None, groups, n_tokens, k)
+        else:
+            executed += _padding.rows(
+                h, gate_up.mT, groups, n_rows, precision=precision, x_fits=_padding.row_fits(width, h)
+            )
+            moves += (n_rows + groups.rows) * depth * item
+    matrices = (
+        (wanted[1], gate_up, (depth, width), _padding.fits(x) and _padding.row_fits(width, h)),
+        (wanted[2], down, (d_ff, n_out), _padding.row_fits(d_ff, h) and fits),
+    )
+    for asked, weight, sides, aligned in matrices:
+        if asked:
+            moves += 8 * (listed + 1 + n_rows) + (groups.rows * sum(sides) + listed * sides[0] * sides[1]) * item
+            transposed = is_transposed(weight)
+            if tiny:
+                executed += _padding.tiny_outer(h, groups, sides, transposed=transposed)
+            else:
+                executed += _padding.outer(
+                    h, groups, n_rows, listed, sides, transposed=transposed, precision=precision, sides_fit=aligned
+                )
+    if wanted[3]:
+        moves += n_rows * (wide + 8) + moved(weights)
+        if down_bias is not None:
+            moves += edges + (groups.rows + groups.touched) * n_out * wide + n_rows * (8 + wide)
+    if wanted[4]:
+        moves += edges + groups.rows * width * item + n_experts * width * item
+    if wanted[5]:
+        moves += edges + groups.rows * n_out * item + n_rows * (8 + wide) + n_experts * n_out * item
+    return Work(executed, every, moves, groups.bound)
 
 
 def expert_mlp_op(

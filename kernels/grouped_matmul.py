@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from moesaic.kernels import _padding
+from moesaic.kernels._accounting import Call, Groups, Work, moved, register_work
 from moesaic.kernels._backend import grouped
 from moesaic.kernels.activations import NO_ACTIVATION, activate_backward, check_activation, check_interleaved, is_gated
 
@@ -213,6 +215,86 @@ def _grouped_mm_flops(
 @register_flop_formula(torch.ops.moesaic.grouped_outer)
 def _grouped_outer_flops(x: Sequence[int] | None, grad: Sequence[int], *_: object, **__: object) -> int:
     return 0 if x is None else 2 * grad[0] * x[1] * grad[1]
+
+
+@register_flop_formula(torch.ops.moesaic.scatter_rows)
+def _scatter_flops(*args: object, **kwargs: object) -> int:
+    return 0
+
+
+def product_bytes(groups: Groups, weight: Tensor, bias: Tensor | None, offsets: Tensor | None, row_item: int) -> int:
+    """Bytes that a grouped product reads: its rows, offsets, and weights and biases of experts with rows."""
+    _, depth, width = weight.shape
+    own = depth * width * weight.element_size() + (0 if bias is None else width * bias.element_size())
+    return groups.rows * depth * row_item + groups.touched * own + moved(offsets)
+
+
+@register_work(torch.ops.moesaic.grouped_mm)
+def _mm_work(
+    call: Call, x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, gather: Tensor | None,
+    precision: str = "ieee",
+) -> Work:  # fmt: skip
+    n_rows = (x if gather is None else gather).shape[0]
+    groups = Groups.of_offsets(offsets, n_rows)
+    executed = _padding.rows(
+        x, weight, groups, n_rows, precision=precision, x_fits=_padding.fits(x), bias=bias
+    )  # fmt: skip
+    read = product_bytes(groups, weight, bias, offsets, x.element_size()) + moved(gather)
+    return Work(
+        executed, _every(call, x, weight, offsets, gather), read + n_rows * weight.shape[2] * x.element_size(),
+        groups.bound,
+    )  # fmt: skip
+
+
+def _every(call: Call, x: Tensor, weight: Tensor, offsets: Tensor, gather: Tensor | None) -> int | None:
+    """FLOPs of every token through every expert."""
+    n_tokens = call.tokens.of(offsets, None if gather is None else x.shape[0])
+    return None if n_tokens is None else 2 * n_tokens * weight.numel()
+
+
+@register_work(torch.ops.moesaic.grouped_mm_activated)
+def _activated_work(
+    call: Call, x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, gather: Tensor | None,
+    row_weight: Tensor | None, activation: str, interleaved: bool, keep: bool, precision: str,
+) -> Work:  # fmt: skip
+    n_rows, width = (x if gather is None else gather).shape[0], weight.shape[2]
+    groups = Groups.of_offsets(offsets, n_rows)
+    executed = _padding.rows(
+        x, weight, groups, n_rows, kind=product_kind(activation, interleaved), precision=precision,
+        x_fits=_padding.fits(x), bias=bias,
+    )  # fmt: skip
+    written = n_rows * (width // 2 if is_gated(activation) else width) + (n_rows * width if keep else 0)
+    read = product_bytes(groups, weight, bias, offsets, x.element_size()) + moved(gather, row_weight)
+    every = _every(call, x, weight, offsets, gather)
+    return Work(executed, every, read + written * x.element_size(), groups.bound)
+
+
+def product_kind(activation: str, interleaved: bool) -> str:
+    """Return which of `moesaic.kernels.tiles.KINDS` a product with an activation is."""
+    if not is_gated(activation):
+        return "rows"
+    return "interleaved" if interleaved else "up"
+
+
+@register_work(torch.ops.moesaic.grouped_outer)
+def _outer_work(
+    call: Call, x: Tensor | None, grad: Tensor, offsets: Tensor, gather: Tensor | None, n_features: int,
+    transposed: bool, precision: str = "ieee",
+) -> Work:  # fmt: skip
+    n_rows, n_experts, item = grad.shape[0], offsets.shape[0] - 1, grad.element_size()
+    groups = Groups.of_offsets(offsets, n_rows)
+    written = n_experts * grad.shape[1] * n_features * item
+    moves = groups.rows * grad.shape[1] * item + moved(offsets) + written
+    if x is None:
+        return Work(0, 0, moves, groups.bound)
+    sides = x.shape[1], grad.shape[1]
+    executed = _padding.outer(
+        grad, groups, n_rows, n_experts, sides, transposed=transposed, precision=precision,
+        sides_fit=_padding.fits(x) and _padding.fits(grad),
+    )  # fmt: skip
+    n_tokens = call.tokens.of(offsets, None if gather is None else x.shape[0])
+    every = None if n_tokens is None else 2 * n_tokens * n_experts * sides[0] * sides[1]
+    return Work(executed, every, moves + groups.rows * sides[0] * item + moved(gather), groups.bound)
 
 
 def check_product(x: Tensor, weight: Tensor, bias: Tensor | None, name: str = "weight") -> None:

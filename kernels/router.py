@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moesaic.kernels import routing_eager, routing_op
+from moesaic.kernels._accounting import Call, Work, register_work, up_to
 from moesaic.kernels._autocast import linear, no_autocast
 from moesaic.kernels._extras import numba_twin
 from moesaic.kernels._threads import in_parts
@@ -142,9 +143,7 @@ def _routed(x: Tensor, weight: Tensor, bias: Tensor | None, options: RoutingOpti
             with torch.cuda.device_of(x):
                 return routing_triton.route(x.contiguous(), bias, options, router=weight.contiguous())
     x, weight = x.float().contiguous(), weight.float().contiguous()
-    # What ranks by probabilities or by groups, and sums of probabilities, need a row whole.
-    whole = statistics or options.n_groups > 0 or (bias is not None and SCORINGS[options.scoring] == "softmax")
-    if device.type == "cpu" and n_experts > TILE_EXPERTS and not whole:
+    if device.type == "cpu" and n_experts > TILE_EXPERTS and not _is_whole(bias, options):
         return _streamed(x, weight, bias, options)
     outputs: _Outputs = (
         torch.empty(len(x), top_k, device=device),
@@ -160,6 +159,12 @@ def _routed(x: Tensor, weight: Tensor, bias: Tensor | None, options: RoutingOpti
         outputs[3].add_(found[3])
         outputs[4].add_(found[4])
     return (*outputs[:4], outputs[4].float())
+
+
+def _is_whole(bias: Tensor | None, options: RoutingOptions) -> bool:
+    """Whether a row is needed whole: to rank by probabilities or by groups, and for sums of probabilities."""
+    by_probability = bias is not None and SCORINGS[options.scoring] == "softmax"
+    return options.statistics or options.n_groups > 0 or by_probability
 
 
 def _blocks(n_rows: int, n_experts: int, device: torch.device) -> Iterator[slice]:
@@ -334,3 +339,30 @@ def _backward_flops(
     products = 1 + sum(bool(wanted) for wanted in args[-2:])
     dense = (SCORINGS[scoring] == "softmax" and not renormalize) or probs_shape is not None or lse_shape is not None
     return 2 * products * x_shape[0] * (weight_shape[0] if dense else weights_shape[1]) * weight_shape[1]
+
+
+@register_work(torch.ops.moesaic.route)
+def _work(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, top_k: int, *options: Any) -> Work:
+    """Executed: one kernel's tiles on a GPU; where a CPU streams with a bias, the chosen logits once more."""
+    from moesaic.kernels import routing_triton
+
+    (n_tokens, depth), n_experts, given = x.shape, weight.shape[0], RoutingOptions(top_k, *options)
+    executed = call.useful
+    if x.device.type == "cuda" and n_experts <= routing_triton.MAX_PROJECTED_EXPERTS:
+        sizes = routing_triton.constants(x, given, router=weight, biased=bias is not None)
+        tokens = up_to(n_tokens, sizes["BLOCK_T"])
+        executed = 2 * tokens * up_to(depth, sizes["BLOCK_D"]) * up_to(n_experts, sizes["BLOCK_E"])
+    elif x.device.type == "cpu" and n_experts > TILE_EXPERTS and bias is not None and not _is_whole(bias, given):
+        executed += 2 * n_tokens * top_k * depth
+    return Work(executed, call.useful, call.bytes)
+
+
+@register_work(torch.ops.moesaic.route_backward)
+def _backward_work(
+    call: Call, x: Tensor, weight: Tensor, weights: Tensor, ids: Tensor, grad_weights: Tensor,
+    grad_probs: Tensor | None, grad_lse: Tensor | None, scoring: int, renormalize: bool, scale: float, for_x: bool,
+    for_weight: bool,
+) -> Work:  # fmt: skip
+    """With every expert on, all have a gradient; a GPU multiplies as if they had in any case."""
+    every = 2 * (1 + for_x + for_weight) * x.shape[0] * weight.numel()
+    return Work(call.useful if x.device.type == "cpu" else every, every, call.bytes)

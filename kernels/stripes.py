@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moesaic.kernels._accounting import Work, moved, record
 from moesaic.kernels._backend import uses_triton
 from moesaic.kernels._extras import numba_twin
 from moesaic.kernels._threads import in_parts
@@ -49,6 +50,7 @@ def sweep(
         stripe: features at a time, on a GPU.
         key: of the stochastic rounding, different in each step.
     """
+    record("sweep", lambda: _sweep_work(shape, table, exp_avg, h, shared_h, assignment, columns, updates=bool(adam)))
     if uses_triton(table):
         from moesaic.kernels import stripes_triton
 
@@ -100,6 +102,7 @@ def finish(
     Args as `sweep`'s; dh (A, m) and shared_dh (B, m_0) are what it gave, dlogits (B, E) the gradient of the router's
     scores or None.
     """
+    record("finish", lambda: _finish_work(shape, table, exp_avg, h, shared_h, assignment, columns, dlogits))
     if uses_triton(table):
         from moesaic.kernels import stripes_triton
 
@@ -131,6 +134,41 @@ def finish(
         )
 
     in_parts(part, parts, numba_twin("stripes_cpu").get_num_threads())
+
+
+def _sweep_work(
+    shape: FeatureShape, table: Tensor, exp_avg: Tensor, h: Tensor, shared_h: Tensor | None, assignment: Assignment,
+    columns: Columns, *, updates: bool,
+) -> tuple[int, Work]:  # fmt: skip
+    """H Dᵀ, G D and, if it updates, Gᵀ H. The rows are read, and those of absent features written, with their moments.
+
+    What panels and blocks pad, and what `finish` multiplies again, is not known from here.
+    """
+    n, batch = table.shape[0], assignment.places.shape[0]
+    products = 2 * (3 if updates else 2) * n
+
+    def flops(places: int) -> int:
+        return products * (places * shape.n_hidden + batch * shape.shared_hidden)
+
+    absent = n - columns.features.shape[0] if updates else 0
+    moves = moved(table) + absent * shape.stride * (4 + 4 * exp_avg.element_size()) + 4 * n
+    moves += 2 * moved(h, shared_h) + moved(*vars(columns).values()) + moved(*vars(assignment).values()) + 4 * len(h)
+    return flops(h.shape[0]), Work(None, flops(batch * shape.n_experts), moves)
+
+
+def _finish_work(
+    shape: FeatureShape, table: Tensor, exp_avg: Tensor, h: Tensor, shared_h: Tensor | None, assignment: Assignment,
+    columns: Columns, dlogits: Tensor | None,
+) -> tuple[int, Work]:  # fmt: skip
+    """Xᵀ dH and Xᵀ dS of the present features, whose rows are read and written with their moments."""
+    routed = 0 if dlogits is None else dlogits.shape[1]
+
+    def flops(slots: int) -> int:
+        return 2 * columns.values.shape[0] * (slots * shape.n_hidden + shape.shared_hidden + routed)
+
+    moves = columns.features.shape[0] * shape.stride * (8 + 4 * exp_avg.element_size())
+    moves += 2 * moved(h, shared_h) + moved(*vars(columns).values()) + moved(*vars(assignment).values(), dlogits)
+    return flops(assignment.places.shape[1]), Work(None, flops(shape.n_experts), moves)
 
 
 def _padded(width: int) -> int:

@@ -86,7 +86,7 @@ def choose(shape: Shape, device: torch.device, launch: Callable[[Tile], object])
     was asked for: then ``launch`` is timed with a few.
     """
     if device.type != "cuda":
-        return closed_form(shape, INTERPRETED)
+        return planned(shape, device)
     from moesaic.kernels import tuning
 
     tile, known = closed_form(shape, architecture(device), shared_bytes(device)), table(chip(device))
@@ -97,6 +97,14 @@ def choose(shape: Shape, device: torch.device, launch: Callable[[Tile], object])
 
         known[shape.key] = tuning.tune(chip(device), shape.key, tile, measure, budget_s=tuning.seconds())
     return known.get(shape.key, tile)
+
+
+def planned(shape: Shape, device: torch.device) -> Tile:
+    """Return the tile that `choose` gives without tuning; for a GPU that this machine does not have, an H100's."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return closed_form(shape, INTERPRETED)
+    tile = closed_form(shape, architecture(device), shared_bytes(device))
+    return table(chip(device)).get(shape.key, tile)
 
 
 def exact(dtype: torch.dtype, precision: str) -> bool:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+
+from moesaic.metrics.op_accounting import OpAccounting, Totals
 
 FROZEN_GATES = frozenset({"random", "oracle"})
 
@@ -52,17 +54,21 @@ class Parts:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes to and from memory, split by what moves; ``total`` is their sum."""
+    """Bytes to and from memory, split by what moves; ``total`` is their sum.
 
-    weights: float
-    activations: float
+    Of a callable all are ``unsplit``: an op knows its operands, not what they are to the model.
+    """
+
+    weights: float = 0.0
+    activations: float = 0.0
     gradients: float = 0.0
     optimizer: float = 0.0
+    unsplit: float = 0.0
 
     @property
     def total(self) -> float:
-        """Sum of the four."""
-        return self.weights + self.activations + self.gradients + self.optimizer
+        """Sum of all."""
+        return self.weights + self.activations + self.gradients + self.optimizer + self.unsplit
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,8 @@ class Pass:
 class Flops:
     """FLOPs and bytes of ``samples`` samples; None (or an empty `Parts`) where they cannot be known, never a guess.
 
-    ``training`` is forward + backward (and the optimiser, in bytes); total width E·m + m0, active width k·m + m0.
+    ``training`` is forward + backward (and of a configuration the optimiser, in bytes); total width E·m + m0, active
+    width k·m + m0. bound: executed FLOPs and bytes are the most that any routing takes, because no tensor says which.
     """
 
     forward: Pass = Pass()
@@ -89,6 +96,7 @@ class Flops:
     active_parameters: int | None = None
     total_width: int | None = None
     active_width: int | None = None
+    bound: bool = False
 
 
 def count_flops(
@@ -102,7 +110,7 @@ def count_flops(
     executed_rows: int | None = None,
     itemsize: int = 4,
 ) -> Flops:
-    """Count the FLOPs and bytes of a toy model from its configuration, or the FLOPs of a callable by running it.
+    """Count the FLOPs and bytes of a toy model from its configuration, or of a callable or module by running it.
 
     **Configuration.** With R = samples·k expert rows and A = R·m + samples·m0 (m0: the shared expert, in every count)::
 
@@ -129,10 +137,34 @@ def count_flops(
 
     It is the traffic of plain ops, not a bound: a kernel that keeps x' or G on chip moves less.
 
-    **Callable** (function or module): runs ``target(*args)`` under ``FlopCounterMode`` and, where an output has a
-    gradient, its backward to all leaves (no ``.grad`` is written). Fills ``forward.executed.total``,
-    ``training.executed.total`` and a module's ``parameters``; all else is None. Works on fake tensors, without memory
-    or a GPU. A custom op without a registered FLOP formula counts 0.
+    **Callable** (function or module): runs ``target(*args)`` and, where an output has a gradient, its backward to all
+    leaves (no ``.grad`` is written), and adds up every op that PyTorch dispatches. Fills each pass's three ``total``
+    and ``bytes.unsplit``, a module's ``parameters``, and ``active_parameters`` where the module has that attribute, as
+    `moesaic.moe.MoE` does. Works on fake tensors, without memory or a GPU::
+
+        with FakeTensorMode():
+            layer = MoE(4096, 14336, n_experts=64, top_k=2)
+            flops = count_flops(layer, torch.empty(8192, 4096))
+        flops.forward.active.total, flops.forward.executed.total, flops.training.bytes.total, flops.bound
+
+    - ``active`` is what the formulas of ``torch.utils.flop_counter`` give, to the integer, and also products that it
+      has none for: attention on a CPU, ``torch.nn.functional.grouped_mm`` and transformers' grouped product. An op
+      without a formula counts 0, as do ``mv`` and ``dot``; skipped choices count, as formulas see shapes only.
+    - ``executed`` adds the padding of moesaic's ops by what multiplies on their device: whole tiles on a GPU (an H100's
+      where there is none), columns to 64 bytes in the CPU twin. Skipped choices are left out but in tiles that they
+      share. Ops of PyTorch count as they are. None with steps of `moesaic.kernels.feature_step`.
+    - ``dense_equivalent`` sends every token through every expert of moesaic's ops: T·E rows for T·k. Ops without
+      experts count as they are, so do experts written as plain products. None with a grouped product of nobody knows
+      how many tokens: PyTorch's, or `grouped_matmul` with offsets that no earlier one gathered by.
+    - ``bytes``: every op reads its operands once and writes its results once (in place: both), views, ``empty`` and
+      dimensions of stride 0 are free, and what gathers, scatters or indexes moves the rows it selects and the index.
+      moesaic's ops move the weights of experts that have rows, gathered rows, and what their kernels hand each other.
+      Whole trainings (`train_ensemble`) move state and moments once, or once per step where a GPU has no room on chip.
+      No cache is assumed between ops, and no optimiser's step is in it.
+    - Where ids are fake, or nobody has them (`train_ensemble`), padding and touched experts are the most that they can
+      be, with one row in each of min(E, rows) experts but one, and ``bound`` is True. Fake tensors on "cuda" count as a
+      GPU's; a PyTorch without CUDA can count them under ``torch.no_grad()`` only. All others count as a CPU's.
+    - Not seen: Triton kernels that are launched by hand, code inside other custom ops, ops inside ``torch.compile``.
 
     Args:
         target: a configuration (any object with the attributes of `moesaic.moe.ToyConfig` used here), or a callable.
@@ -145,7 +177,7 @@ def count_flops(
         itemsize: bytes per number.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: an argument outside its range, or tensors on "cuda" that PyTorch cannot differentiate here.
     """
     if callable(target):
         return _count_callable(target, args)
@@ -271,26 +303,49 @@ def _active_features(n: int, probability: float | None, active: float | None) ->
 
 
 def _count_callable(target: Callable[..., object], args: Sequence[object]) -> Flops:
-    with FlopCounterMode(display=False) as counter:
-        tensors = [leaf for leaf in tree_leaves(target(*args)) if isinstance(leaf, torch.Tensor)]
-        outputs = [tensor for tensor in tensors if tensor.grad_fn is not None]
-        forward = counter.get_total_flops()
-        if outputs:
-            ones = [torch.ones_like(output) for output in outputs]
-            torch.autograd.grad(outputs, _graph_leaves(outputs), ones, allow_unused=True)
-        training = counter.get_total_flops() if outputs else None
-    parameters = sum(p.numel() for p in target.parameters()) if isinstance(target, torch.nn.Module) else None
-    return Flops(Pass(executed=Parts(forward)), Pass(executed=Parts(training)), parameters=parameters)
+    module = target if isinstance(target, torch.nn.Module) else None
+    _check_differentiable(args, module)
+    with OpAccounting() as forward:
+        tensors = [leaf for leaf in tree_leaves(target(*args)) if isinstance(leaf, Tensor)]
+    outputs = [tensor for tensor in tensors if tensor.grad_fn is not None]
+    training = None
+    if outputs:
+        ones, leaves = [torch.ones_like(output) for output in outputs], _graph_leaves(outputs)
+        with OpAccounting(forward.tokens) as backward:
+            torch.autograd.grad(outputs, leaves, ones, allow_unused=True)
+        training = forward.total + backward.total
+    active = None if module is None else getattr(module, "active_parameters", None)
+    return Flops(
+        forward=_pass(forward.total),
+        training=Pass() if training is None else _pass(training),
+        parameters=None if module is None else sum(p.numel() for p in module.parameters()),
+        active_parameters=active if isinstance(active, int) else None,
+        bound=(training or forward.total).bound,
+    )
 
 
-def _graph_leaves(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _pass(total: Totals) -> Pass:
+    moved = Traffic(unsplit=total.bytes)
+    return Pass(Parts(total.useful), Parts(total.executed), Parts(total.dense_equivalent), moved)
+
+
+def _check_differentiable(args: Sequence[object], module: torch.nn.Module | None) -> None:
+    if torch.backends.cuda.is_built() or not torch.is_grad_enabled():
+        return
+    leaves = [*tree_leaves(list(args)), *(module.parameters() if module is not None else ())]
+    if any(isinstance(leaf, Tensor) and leaf.is_cuda and leaf.requires_grad for leaf in leaves):
+        # Its autograd would end the process.
+        raise ValueError("args: takes tensors on cuda under torch.no_grad() only, in a PyTorch without CUDA")
+
+
+def _graph_leaves(outputs: Sequence[Tensor]) -> list[Tensor]:
     """Every leaf tensor the outputs depend on, found in the graph so that closures count too."""
     stack = [output.grad_fn for output in outputs]
     seen = set(stack)
-    leaves: list[torch.Tensor] = []
+    leaves: list[Tensor] = []
     while stack:
         node = stack.pop()
-        if isinstance(variable := getattr(node, "variable", None), torch.Tensor):
+        if isinstance(variable := getattr(node, "variable", None), Tensor):
             leaves.append(variable)
         for parent, _ in node.next_functions if node is not None else ():
             if parent is not None and parent not in seen:

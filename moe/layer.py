@@ -236,6 +236,13 @@ class MoE(nn.Module):
         """The ranks that share the experts."""
         return None if self._ranks is None else self._ranks.group
 
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that a token meets: router, shared experts, and top_k of the n_experts experts."""
+        numbers = {name: tensor.numel() for name, tensor in self.named_parameters(recurse=False)}
+        experts = sum(number for name, number in numbers.items() if name in EXPERTS)
+        return sum(numbers.values()) - experts + experts // self.n_experts * self.top_k
+
     @torch.no_grad()
     def update_balance(self, rate: float = 1e-3, group: dist.ProcessGroup | None = None) -> None:
         """Move the selection bias towards balance, `b_e += rate · sign(mean load − load_e)`, and restart the count.
