@@ -158,7 +158,7 @@ class Bench:
 
     name: Annotated[
         tyro.conf.Positional[str],
-        tyro.conf.arg(metavar="NAME", help="ensemble, routing, grouped-matmul, layer or million."),
+        tyro.conf.arg(metavar="NAME", help="ensemble, routing, grouped-matmul, layer, million or roofline."),
     ]
     out: Out
     against: Annotated[
