@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moesaic.bench.ensemble_limit import issue_limit, runs_on_the_chip
+from moesaic.bench.ensemble_limit import STEPS, issue_limit, runs_on_the_chip
 from moesaic.bench.ensemble_peers import PEERS, Case, Ensemble, cases, check_case
 from moesaic.bench.interleave import Contender, NotRunError, Timing, clock, fastest, ratio, with_threads
 from moesaic.bench.kernel_bench import Findings, Options, Table
 from moesaic.bench.plan import Row
+from moesaic.bench.roofline import Roof, RoofPoint
 from moesaic.bench.words import si
 from moesaic.metrics import count_flops
 from moesaic.metrics.flops import Pass
+from moesaic.moe.toy import ensemble_shape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +38,7 @@ AGREEMENT = 1e-3
 
 HEADER = (
     "(n,m,E)", "models x batch", "side", "ms/step", "model-steps/s", "samples/s", "useful FLOP/s", "executed FLOP/s",
-    "ratio",
+    "of the roof", "ratio",
 )  # fmt: skip
 NOTES = (
     "ms/step: median of the rounds [fastest-slowest]; one step trains every model once.",
@@ -44,6 +46,10 @@ NOTES = (
     f"ratio: time of a peer's step over {OURS}'s, of the medians [lowest-highest within one round].",
     "FLOP/s: products of forward and backward pass; useful ones are the routed expert's and the router's (E = 1 has no "
     "router), executed ones include what is computed and masked, and padding.",
+    "of the roof: least time that the measured float32 matrix rate allows the useful products, or a copy's bandwidth "
+    f"what has to move, over the time. That is little: weights and moments in and out once in a training of {STEPS:,} "
+    "steps, and in every step a model's rate (8 bytes) and its two losses (4 each). Drawing samples, ReLU and Adam, "
+    "which take most of a small model's time, are no products.",
     f"Every side draws its samples within its step: {OURS} and torch-stacked from Philox, vmap from torch.rand, one "
     "number per feature each. Philox is counter-based: its samples are those of every other backend.",
     f"Only peers are timed that agree with {OURS} to {AGREEMENT:g} on losses and gradients of equal samples.",
@@ -65,7 +71,7 @@ class Measured:
     not_run: dict[str, str]
     disagrees: dict[str, str]
 
-    def row(self) -> Row:
+    def row(self, roof: Roof) -> Row:
         """The case as JSON values."""
         toy, training, runs = self.case.toy, self.case.training, self.case.runs
         probabilities = [run.features.feature_probability for run in runs]
@@ -74,7 +80,8 @@ class Measured:
             "n_experts": toy.n_experts, "top_k": toy.top_k, "gate": toy.gate, "models": len(runs),
             "batch_size": training.batch_size, "load_balance": training.load_balance, "device": self.case.device,
             "feature_probability": [min(probabilities), max(probabilities)],
-            "sides": {name: self._side(name, timing) for name, timing in self.timings.items()},
+            "least_bytes_per_step": self.least_bytes(),
+            "sides": {name: self._side(roof, name, timing) for name, timing in self.timings.items()},
             "ratio": {name: ratio(timing, self.timings[OURS]) for name, timing in self.peers()},
             "largest_difference": self.errors, "not_run": self.not_run, "disagrees": self.disagrees,
         }  # fmt: skip
@@ -106,7 +113,22 @@ class Measured:
         samples = len(self.case.runs) * self.case.training.batch_size
         return count_flops(self.case.toy, samples=samples, executed_rows=executed_rows).training
 
-    def _side(self, name: str, timing: Timing) -> Row:
+    def least_bytes(self) -> float:
+        """Bytes of a step of all models that have to move, where trainings stay on the chip and draw their own samples.
+
+        24·P / `STEPS` + 16 of each model: P parameters and both moments read and written once in a training, a rate
+        read and two losses written in every step.
+        """
+        parameters = ensemble_shape(self.case.toy, self.case.training.batch_size).n_parameters
+        return len(self.case.runs) * (24 * parameters / STEPS + 16)
+
+    def point(self, name: str) -> RoofPoint:
+        """A side's step, to be drawn under a roof."""
+        seconds = self.timings[name].median
+        label = f"{self.case.shape}, {len(self.case.runs)} × {self.case.training.batch_size}"
+        return RoofPoint(label, name, "a training step", self.useful_flops(), self.least_bytes(), seconds)
+
+    def _side(self, roof: Roof, name: str, timing: Timing) -> Row:
         return {
             "threads": self.threads[name],
             "ms_per_step": 1e3 * timing.median, "ms_lowest": 1e3 * timing.low, "ms_highest": 1e3 * timing.high,
@@ -115,9 +137,10 @@ class Measured:
             "useful_flops_per_step": self.useful_flops(), "executed_flops_per_step": self.executed_flops(name),
             "useful_flops_per_s": self.useful_flops() / timing.median,
             "executed_flops_per_s": self.executed_flops(name) / timing.median,
+            "of_the_roof": self.point(name).of(roof),
         }  # fmt: skip
 
-    def lines(self) -> list[tuple[str, ...]]:
+    def lines(self, roof: Roof) -> list[tuple[str, ...]]:
         """The case's lines of the table, one per side."""
         size = f"{len(self.case.runs)} x {self.case.training.batch_size}"
         lines = []
@@ -129,8 +152,10 @@ class Measured:
                 self.executed_flops(name) / timing.median,
             )  # fmt: skip
             fewer = self.threads[name] < self.threads[OURS]
-            lines.append((self.case.shape, size, f"{name}, 1 thread" * fewer or name, ms, *map(si, rates), times))
-        return lines + [(self.case.shape, size, name, "not run", *[""] * 5) for name in self.reasons()]
+            share = f"{100 * self.point(name).of(roof):.3g} %"
+            side = f"{name}, 1 thread" * fewer or name
+            lines.append((self.case.shape, size, side, ms, *map(si, rates), share, times))
+        return lines + [(self.case.shape, size, name, "not run", *[""] * 6) for name in self.reasons()]
 
     def reasons(self) -> dict[str, str]:
         """Why peers have no timing, by name."""
@@ -175,21 +200,25 @@ def measure(case: Case, options: Options) -> Measured:
 
 def run(options: Options) -> Findings:
     """Measure every case against the peers asked for, and add what the compiler's report allows at most."""
+    roof = options.roof
     options.say("bench ensemble: compiling the Triton kernel for the compiler's report")
     limit = issue_limit()
     found = []
     for case in cases(options.device, options.quick):
         found.append(measure(case, options))
-        for line in found[-1].lines():
+        for line in found[-1].lines(roof):
             options.say(f"bench ensemble {line[0]}, {line[1]}: {line[2]} {line[3]} ms/step, ratio {line[-1] or '-'}")
     reasons = [f"{one.case.shape}: {peer} not run: {why}" for one in found for peer, why in one.reasons().items()]
     failures = [f"{one.case.shape}: {peer} {why}" for one in found for peer, why in one.disagrees.items()]
-    lines = [line for one in found for line in one.lines()]
+    lines = [line for one in found for line in one.lines(roof)]
     on_the_chip = found if runs_on_the_chip(options.device) else []
     achieved = {one.case.shape: one.model_steps_per_s(OURS) for one in on_the_chip}
     tables = [Table("Training steps of stacked toy models", HEADER, lines, (*NOTES, *reasons)), limit.table(achieved)]
     extra = {"compiler": limit.record(achieved)}
-    return Findings([one.row() for one in found], tables, partial(draw, found), extra, failures)
+    return Findings(
+        [one.row(roof) for one in found], tables, partial(draw, found), extra, failures,
+        [one.point(name) for one in found for name in one.timings], ", ".join(HEADER[:2]),
+    )  # fmt: skip
 
 
 def draw(found: Sequence[Measured], folder: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from moesaic.bench.layer_peers import OURS, SIDES, Build, Side
 from moesaic.bench.layer_turns import layer_turns
 from moesaic.bench.memory import peak_bytes
 from moesaic.bench.plan import Row
-from moesaic.bench.roofline import Roof, measured_roof
+from moesaic.bench.roofline import Roof, RoofPoint
 
 ROUNDS, LEAST_S = 7, 0.2
 QUICK_ROUNDS, QUICK_LEAST_S = 3, 0.05
@@ -170,9 +170,13 @@ class Measured:
         """Useful FLOP/s of a side."""
         return self.cost[backward][0] / self.timings[backward][name].median
 
-    def intensity(self, backward: bool) -> float:
-        """Useful FLOPs per byte that has to move."""
-        return self.cost[backward][0] / self.cost[backward][1]
+    def points(self) -> list[RoofPoint]:
+        """All timings, to be drawn under a roof."""
+        return [self._point(backward, name) for backward, timings in self.timings.items() for name in timings]
+
+    def _point(self, backward: bool, name: str) -> RoofPoint:
+        seconds = self.timings[backward][name].median
+        return RoofPoint(self.case.name, name, GIVEN[backward], *self.cost[backward], seconds, self.case.dtype)
 
     def _side(self, roof: Roof, backward: bool, name: str, timing: Timing) -> Row:
         flops, moved = self.cost[backward]
@@ -181,7 +185,7 @@ class Measured:
             "ms_lowest": 1e3 * timing.low, "ms_highest": 1e3 * timing.high,
             "ms_rounds": [1e3 * seconds for seconds in timing.seconds], "repetitions_per_round": timing.repetitions,
             "flops_per_s": flops / timing.median, "bytes_per_s": moved / timing.median,
-            "of_the_roof": roof.least_seconds(flops, moved, self.case.dtype) / timing.median,
+            "of_the_roof": self._point(backward, name).of(roof),
             "peak_memory_bytes": self.memory[backward].get(name),
         }  # fmt: skip
 
@@ -193,7 +197,7 @@ class Measured:
             for name, timing in timings.items():
                 one = self.threads[backward][name] < self.threads[backward][OURS]
                 peak = self.memory[backward].get(name)
-                share = roof.least_seconds(flops, moved, self.case.dtype) / timing.median
+                share = self._point(backward, name).of(roof)
                 found.append((
                     self.case.name, GIVEN[backward], f"{name}, 1 thread" if one else name,
                     _spread(1e3 * timing.median, 1e3 * timing.low, 1e3 * timing.high),
@@ -385,7 +389,7 @@ def run_subject(subject: Subject, chosen: Sequence[Case], options: Options, note
     from moesaic.bench.layer_figure import draw
     from moesaic.bench.layer_sweeps import draw_sweeps
 
-    roof = measured_roof(options.device, options.say)
+    roof = options.roof
     found = []
     for case in chosen:
         found.append(measure(subject, case, options))
@@ -403,7 +407,8 @@ def run_subject(subject: Subject, chosen: Sequence[Case], options: Options, note
     said, means = geomeans(found)
     if options.device == "cpu" and not options.quick:
         said.append("The training shapes are reduced: fewer tokens, and only those whose weights fit.")
-    rates = ", ".join(f"{three(rate / 1e12)} TFLOP/s in {dtype}" for dtype, rate in roof.matrix_flops.items())
+    dtypes = dict.fromkeys(case.dtype for case in chosen)
+    rates = ", ".join(f"{three(roof.rate(dtype) / 1e12)} TFLOP/s in {dtype}" for dtype in dtypes)
     title = f"{subject.title}; the roof: {rates}, {three(roof.copy_bytes_per_s / 1e9)} GB/s"
     checked = [f"{one.case.name}: checked on {one.checked_on}" for one in found if one.checked_on]
     lines = [line for one in found for line in one.lines(roof)]
@@ -411,6 +416,6 @@ def run_subject(subject: Subject, chosen: Sequence[Case], options: Options, note
     return Findings(
         [row for one in found for row in one.rows(roof)],
         [Table(title, HEADER, lines, (*said, *notes, *COMMON_NOTES, *checked, *reasons))],
-        lambda folder: [*draw(timed, roof, subject.name, folder), *draw_sweeps(timed, subject.name, folder)],
-        {"roof": vars(roof), "geometric_means": means}, failures,
+        lambda folder: [*draw(timed, subject.name, folder), *draw_sweeps(timed, subject.name, folder)],
+        {"geometric_means": means}, failures, [point for one in timed for point in one.points()], HEADER[0] + ", dtype",
     )  # fmt: skip

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -28,19 +28,23 @@ from moesaic.bench.million_figure import draw
 from moesaic.bench.million_limit import compiled_kernels, step_limits
 from moesaic.bench.million_peers import CHUNK, TorchStep, disagreement
 from moesaic.bench.plan import InputError, Row
+from moesaic.bench.roofline import Roof, RoofPoint
 from moesaic.kernels.feature_step import scratch_bytes
 from moesaic.moe.large import available_bytes
 
 ROUNDS, LEAST_S = 3, 0.2
-COPY_BYTES = 2**28
+DTYPES = {"ieee": "float32", "tf32x3": "float32", "tf32": "tf32", "bf16": "bfloat16"}
+"""Of the roof over a step's products, by its precision."""
 SAMPLED_TOLERANCE = 0.05
 """Of a sampled loss from the exact one: some ten standard deviations at R = 4096."""
 STEP_HEADER = (
-    "model, side", "ms", "active GFLOP", "executed", "GFLOP/s", "GB", "of a copy", "peak MiB", "bound", "ratio",
+    "model, side", "ms", "active GFLOP", "executed", "GFLOP/s", "GB", "of a copy", "of the roof", "peak MiB",
+    "bound", "ratio",
 )  # fmt: skip
 STEP_NOTES = (
     "ms: median of the rounds [fastest-slowest]. FLOPs and GB are counted by hand (million_cases.py), GFLOP/s are "
-    "active FLOPs over the time; of a copy: GB over the time, over what a copy moves here.",
+    "active FLOPs over the time; of a copy: GB over the time, over what a copy moves here. of the roof: least time "
+    "that matrix rate and copy bandwidth allow active FLOPs and GB (PyTorch's are the exact step's), over the time.",
     "ratio: time of the line over the exact dense step's, of the medians [lowest-highest within one round].",
     "peak: memory of a step beyond parameters, moments and the batch; PyTorch's with its gradient of all weights, "
     "which stays allocated. bound: scratch_bytes, the bound that an exact step on a CPU promises.",
@@ -61,19 +65,21 @@ class Step:
     memory: int | None
     bound: int | None
     times: Mapping[str, float]
+    point: RoofPoint
 
-    def row(self, sizes: Sizes, bandwidth: float) -> Row:
+    def row(self, sizes: Sizes, roof: Roof) -> Row:
         """As JSON values."""
         seconds = self.timing.median
         return {
             "case": "step", "model": self.name, "side": self.side, "n_features": sizes.n_features,
             "batch_size": sizes.batch, "feature_probability": sizes.probability, **milliseconds(self.timing),
             **self.counts, "gflops": self.counts["active_flops"] / seconds / 1e9 if self.counts else None,
-            "of_a_copy": self.counts["bytes"] / seconds / bandwidth if self.counts else None,
+            "of_a_copy": self.counts["bytes"] / seconds / roof.copy_bytes_per_s if self.counts else None,
+            "of_the_roof": self.point.of(roof),
             "peak_memory_bytes": self.memory, "memory_bound_bytes": self.bound, "ratio": dict(self.times),
         }  # fmt: skip
 
-    def line(self, bandwidth: float) -> tuple[str, ...]:
+    def line(self, roof: Roof) -> tuple[str, ...]:
         """Of the table."""
         counts = ("-",) * 5
         if self.counts:
@@ -81,11 +87,21 @@ class Step:
             seconds = self.timing.median
             counts = (
                 f"{active / 1e9:.3g}", f"{executed / 1e9:.3g}", f"{active / seconds / 1e9:.3g}", f"{moved / 1e9:.3g}",
-                f"{100 * moved / seconds / bandwidth:.0f} %",
+                f"{100 * moved / seconds / roof.copy_bytes_per_s:.0f} %",
             )  # fmt: skip
         memory = ["-" if value is None else f"{value / 2**20:.3g}" for value in (self.memory, self.bound)]
         times = f"{self.times['median']:.3g} [{self.times['low']:.3g}-{self.times['high']:.3g}]"
-        return (f"{self.name}, {self.side}", spread_ms(self.timing), *counts, *memory, times)
+        share = f"{100 * self.point.of(roof):.3g} %"
+        return (f"{self.name}, {self.side}", spread_ms(self.timing), *counts, share, *memory, times)
+
+
+def point_of(stepper: Stepper, side: str, group: str, timing: Timing) -> RoofPoint:
+    """A step of ``stepper``'s work, whoever took it, to be drawn under a roof."""
+    model = stepper.model
+    return RoofPoint(
+        f"{model.n_features:,}; {model.n_experts}, {model.n_hidden}", side, group, stepper.active_flops(),
+        stepper.least_bytes(), timing.median, DTYPES[stepper.training.precision],
+    )  # fmt: skip
 
 
 def milliseconds(timing: Timing) -> dict[str, float]:
@@ -141,12 +157,16 @@ def steps(sizes: Sizes, options: Options) -> tuple[list[Step], dict[str, str], d
         bound = scratch_bytes(model.shape, sizes.batch, entries) if side == "exact" and device == "cpu" else None
         timing = timings[model.name, side]
         found.append(
-            Step(model.name, side, timing, counts_of(stepper), memory[model.name, side], bound, ratio(timing, base))
-        )
+            Step(
+                model.name, side, timing, counts_of(stepper), memory[model.name, side], bound, ratio(timing, base),
+                point_of(stepper, side, f"a step at n = {sizes.n_features:,}", timing),
+            )
+        )  # fmt: skip
     for name, peer in peers.items():
         key = (sizes.dense.name, name)
         peak = None if memory[key] is None else (memory[key] or 0) + peer.held_bytes
-        found.append(Step(*key, timings[key], {}, peak, None, ratio(timings[key], base)))
+        point = replace(found[0].point, side=name, seconds=timings[key].median)
+        found.append(Step(*key, timings[key], {}, peak, None, ratio(timings[key], base), point))
     return found, not_run, {name: f"AdamW {kind}, threads {count}" for name, (kind, count) in chosen.items()}
 
 
@@ -168,26 +188,30 @@ class Point:
     timing: Timing
     counts: Mapping[str, int]
     speedup: Mapping[str, float]
+    point: RoofPoint
 
-    def row(self, case: str, **more: object) -> Row:
+    def row(self, case: str, roof: Roof, **more: object) -> Row:
         """As JSON values."""
         model = self.model
         return {
             "case": case, "model": model.name, "n_features": model.n_features, "n_hidden": model.n_hidden,
             "n_experts": model.n_experts, "top_k": 1, "decode": "exact", **milliseconds(self.timing), **self.counts,
-            "speedup": dict(self.speedup), **more,
+            "speedup": dict(self.speedup), "of_the_roof": self.point.of(roof), **more,
         }  # fmt: skip
 
 
-def pair(models: Sequence[Model], sizes: Sizes, device: str) -> list[Point]:
-    """Time exact steps of models in turn; the first is what the others are compared with."""
+def pair(models: Sequence[Model], sizes: Sizes, device: str, group: str) -> list[Point]:
+    """Time exact steps of models in turn; the first is what others are compared with, ``group`` the roof's panel."""
     steppers = [Stepper.of(model, sizes, device) for model in models]
     work = {number: clock(stepper.repeat, device) for number, stepper in enumerate(steppers)}
     timings = interleave(work, rounds=ROUNDS, least_s=LEAST_S)
     return [
-        Point(stepper.model, timings[number], counts_of(stepper), ratio(timings[0], timings[number]))
+        Point(
+            stepper.model, timings[number], counts_of(stepper), ratio(timings[0], timings[number]),
+            point_of(stepper, "exact", group, timings[number]),
+        )
         for number, stepper in enumerate(steppers)
-    ]
+    ]  # fmt: skip
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float:
@@ -229,15 +253,12 @@ def run(options: Options) -> Findings:
     """Measure everything, and say what came out as it comes."""
     sizes, device = sizes_of(options.device, quick=options.quick), options.device
     check_room(sizes, device)
-    source = torch.zeros(COPY_BYTES // 4, device=device)
-    target = torch.empty_like(source)
-    copied = interleave({"copy": clock(lambda count: [target.copy_(source) for _ in range(count)], device)},
-                        rounds=ROUNDS, least_s=LEAST_S)  # fmt: skip
-    bandwidth = 2 * COPY_BYTES / copied["copy"].low
+    roof = options.roof
+    bandwidth = roof.copy_bytes_per_s
     found, not_run, peers = steps(sizes, options)
     for step in found:
-        options.say("bench million, step: {0}: {1} ms, ratio {9}".format(*step.line(bandwidth)))
-    rows = [step.row(sizes, bandwidth) for step in found]
+        options.say("bench million, step: {0}: {1} ms, ratio {10}".format(*step.line(roof)))
+    rows = [step.row(sizes, roof) for step in found]
     failures = [f"{name} not run: {why}" for name, why in not_run.items()]
     gap = sampled_gap(sizes, device)
     if not gap <= SAMPLED_TOLERANCE:
@@ -246,7 +267,7 @@ def run(options: Options) -> Findings:
     options.say(where.text())
     rows += parts
     curve = [
-        pair([Model(n, sizes.n_hidden), Model(n, sizes.n_hidden // sizes.moe, sizes.moe)], sizes, device)
+        pair([Model(n, sizes.n_hidden), Model(n, sizes.n_hidden // sizes.moe, sizes.moe)], sizes, device, "against n")
         for n in sizes.curve
     ]
     fits = {
@@ -254,35 +275,40 @@ def run(options: Options) -> Findings:
         for side in (0, 1)
     }
     options.say("bench million, exponents: " + ", ".join(f"{name}: {value:.3f}" for name, value in fits.items()))
-    rows += [point.row("curve", exponent=fits[point.model.name]) for points in curve for point in points]
+    rows += [point.row("curve", roof, exponent=fits[point.model.name]) for points in curve for point in points]
     experts = []
     for n_experts in sizes.experts:
         moe = Model(sizes.n_features, sizes.n_hidden // n_experts, n_experts)
-        points = pair([sizes.dense] if moe == sizes.dense else [sizes.dense, moe], sizes, device)
+        points = pair([sizes.dense] if moe == sizes.dense else [sizes.dense, moe], sizes, device, "against E")
         experts.append((points[0], points[-1]))
         options.say(f"bench million, E = {n_experts}: dense / MoE = {experts[-1][1].speedup['median']:.3g}")
-    rows += [moe.row("experts", **ratios(dense, moe)) for dense, moe in experts]
+    rows += [moe.row("experts", roof, **ratios(dense, moe)) for dense, moe in experts]
     samplers = sampler_rows(sizes, device)
     limits, roofline = step_limits()
     kernels, compiled = compiled_kernels()
     tables = [
         Table(
             f"A training step at n = {sizes.n_features:,}, B = {sizes.batch}, p = {sizes.probability:g}; a copy moves "
-            f"{bandwidth / 1e9:.3g} GB/s here", STEP_HEADER, [step.line(bandwidth) for step in found],
+            f"{bandwidth / 1e9:.3g} GB/s here", STEP_HEADER, [step.line(roof) for step in found],
             (*STEP_NOTES, *(f"{name}: {how}, the faster here." for name, how in peers.items()), *failures),
         ),
         where, curve_table(curve, fits), experts_table(experts), sampler_table(samplers),
         limits, kernels,
     ]  # fmt: skip
     extra = {
-        "copy_bytes_per_s": bandwidth,
         "exponents": fits,
         "peers": peers,
         "roofline": roofline,
         "compiler": compiled,
         "sampled_gap": gap,
     }
-    return Findings(rows + samplers, tables, partial(draw, rows, fits), extra, failures)
+    drawn = [
+        *(step.point for step in found), *(one.point for points in curve for one in points),
+        *(moe.point for _, moe in experts),
+    ]  # fmt: skip
+    return Findings(
+        rows + samplers, tables, partial(draw, rows, fits), extra, failures, drawn, "n; E, m, with k = 1 of E > 1"
+    )
 
 
 def ratios(dense: Point, moe: Point) -> dict[str, float]:

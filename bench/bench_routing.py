@@ -4,8 +4,8 @@
     torch   softmax → topk → renormalise → stable sort of ids → bincount → cumsum
 
 on the same logits, forward, and forward with the gradient of the logits. The last cases have too many experts for a row
-of logits per token: there the projection is part of the work, with its d stated. Limit: bytes that have to move (logits
-once, k weights and ids) over the bandwidth of a copy, measured in the same run.
+of logits per token: there the projection is part of the work, with its d stated. Least time: that of the bytes that
+have to move (logits once, k weights and ids) at a copy's bandwidth, or of the projection's products if that is more.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from moesaic.bench.environment import device_memory_bytes
-from moesaic.bench.interleave import Contender, Timing, clock, fastest, interleave, ratio, with_threads
+from moesaic.bench.interleave import Contender, Timing, clock, fastest, ratio, with_threads
 from moesaic.bench.kernel_bench import Findings, Options, Table
 from moesaic.bench.memory import peak_bytes
 from moesaic.bench.plan import Row
+from moesaic.bench.roofline import Roof, RoofPoint
 from moesaic.bench.routing_limit import routing_limits
 from moesaic.kernels import group_by_expert, route, route_topk
 
@@ -35,12 +36,13 @@ LARGE, WIDTH = (65536, 32), 64
 """(E, k) and d of the case with its projection."""
 ROUNDS, LEAST_S = 7, 0.2
 QUICK_ROUNDS, QUICK_LEAST_S = 3, 0.05
-COPY_BYTES, ROTATED_BYTES = 2**28, 2**27
+ROTATED_BYTES = 2**27
 AGREEMENT, EXCEPTIONS = 1e-4, 1e-3
-HEADER = ("T, E, k", "pass", "side", "ms", "GB/s", "of the limit", "ratio")
+HEADER = ("T, E, k", "pass", "side", "ms", "GB/s", "of the roof", "ratio")
 NOTES = (
     "ms: median of the rounds [fastest-slowest]. GB/s: logits read once, weights and ids written once (and, for the "
-    "gradient, logits and their gradients' rows moved once more), over the time; of the limit: that over a copy's.",
+    "gradient, logits and their gradients' rows moved once more), over the time. of the roof: the least time that a "
+    "copy's bandwidth allows those bytes, or the matrix rate a projection's products, over the time.",
     f"ratio: time of {PEER} over {OURS}'s, of the medians [lowest-highest within one round].",
     "On a CPU torch is timed with all threads and, without a projection, with one, and the faster counts.",
     f"Only peers are timed whose weights and gradients differ from {OURS}'s by at most {AGREEMENT:g} of their RMS, but "
@@ -74,6 +76,11 @@ class Case:
         chosen = (4 + 8) * self.n_tokens * self.top_k
         return given + chosen + (2 * given + chosen if backward else 0)
 
+    def flops(self, *, backward: bool) -> int:
+        """Useful products: 2·T·E·d of the projection; for the gradient 4·T·k·d, as only chosen logits have one."""
+        products = self.n_experts + (2 * self.top_k if backward else 0)
+        return 2 * self.n_tokens * self.width * products
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -85,17 +92,24 @@ class Measured:
     not_run: Mapping[str, str]
     memory: Mapping[str, int | None]
 
-    def row(self, copy_bytes_per_s: float) -> Row:
+    def point(self, name: str) -> RoofPoint:
+        """A side's time, to be drawn under a roof."""
+        case, backward = self.case, self.backward
+        flops, moved = case.flops(backward=backward), case.least_bytes(backward=backward)
+        return RoofPoint(case.name, name, self.which, flops, moved, self.timings[name].median)
+
+    def row(self, roof: Roof) -> Row:
         """The case as JSON values."""
         case, ours = self.case, self.timings[OURS]
         moved = case.least_bytes(backward=self.backward)
         return {
             "n_tokens": case.n_tokens, "n_experts": case.n_experts, "top_k": case.top_k, "d": case.width or None,
-            "pass": self.which, "least_bytes": moved, "logits_bytes": case.logits_bytes,
+            "pass": self.which, "flops": case.flops(backward=self.backward), "least_bytes": moved,
+            "logits_bytes": case.logits_bytes,
             "sides": {
                 name: {
                     "ms": 1e3 * timing.median, "ms_lowest": 1e3 * timing.low, "ms_highest": 1e3 * timing.high,
-                    "bytes_per_s": moved / timing.median, "of_the_limit": moved / timing.median / copy_bytes_per_s,
+                    "bytes_per_s": moved / timing.median, "of_the_roof": self.point(name).of(roof),
                     "peak_memory_bytes": self.memory.get(name),
                 }
                 for name, timing in self.timings.items()
@@ -108,7 +122,7 @@ class Measured:
         """The name of the pass."""
         return "forward and backward" if self.backward else "forward"
 
-    def lines(self, copy_bytes_per_s: float) -> list[tuple[str, ...]]:
+    def lines(self, roof: Roof) -> list[tuple[str, ...]]:
         """The case's lines of the table."""
         lines: list[tuple[str, ...]] = []
         for name, timing in self.timings.items():
@@ -118,7 +132,7 @@ class Measured:
                 found = ratio(timing, self.timings[OURS])
                 times = f"{found['median']:.2g} [{found['low']:.2g}-{found['high']:.2g}]"
             ms = f"{1e3 * timing.median:.3g} [{1e3 * timing.low:.3g}-{1e3 * timing.high:.3g}]"
-            share = f"{100 * speed / copy_bytes_per_s:.0f} %"
+            share = f"{100 * self.point(name).of(roof):.0f} %"
             lines.append((self.case.name, self.which, name, ms, f"{speed / 1e9:.3g}", share, times))
         return lines + [(self.case.name, self.which, name, "not run", "", "", "") for name in self.not_run]
 
@@ -206,18 +220,14 @@ def measure(case: Case, options: Options, *, backward: bool) -> Measured:
 
 def run(options: Options) -> Findings:
     """Measure all cases, forward and with the gradient."""
-    source = torch.zeros(COPY_BYTES // 4, device=options.device)
-    target = torch.empty_like(source)
-    copy = clock(partial(_repeat, partial(target.copy_, source)), options.device)
-    taken = interleave({"copy": copy}, rounds=QUICK_ROUNDS, least_s=LEAST_S)["copy"].low
-    bandwidth = 2 * COPY_BYTES / taken
+    roof = options.roof
     found = []
     for case in cases(options.quick):
         for backward in (False, True):
             found.append(measure(case, options, backward=backward))
-            for line in found[-1].lines(bandwidth):
+            for line in found[-1].lines(roof):
                 options.say(f"bench routing {line[0]}, {line[1]}: {line[2]} {line[3]} ms, ratio {line[6] or '-'}")
-    lines = [line for one in found for line in one.lines(bandwidth)]
+    lines = [line for one in found for line in one.lines(roof)]
     reasons = [f"{one.case.name}, {one.which}: {p} not run: {why}" for one in found for p, why in one.not_run.items()]
     memory = [
         f"{one.case.name}, {one.which}: peak memory of {name} {peak / 2**20:.0f} MiB, "
@@ -226,12 +236,13 @@ def run(options: Options) -> Findings:
         for name, peak in one.memory.items()
         if peak is not None
     ]
-    title = f"Routing and grouping; a copy moves {bandwidth / 1e9:.3g} GB/s here"
+    title = f"Routing and grouping; a copy moves {roof.copy_bytes_per_s / 1e9:.3g} GB/s here"
     limits, compiled = routing_limits()
     failures = [reason for reason in reasons if "disagrees" in reason]
     return Findings(
-        [one.row(bandwidth) for one in found], [Table(title, HEADER, lines, (*NOTES, *memory, *reasons)), limits],
-        partial(draw, found), {"copy_bytes_per_s": bandwidth, "compiler": compiled}, failures,
+        [one.row(roof) for one in found], [Table(title, HEADER, lines, (*NOTES, *memory, *reasons)), limits],
+        partial(draw, found), {"compiler": compiled}, failures,
+        [one.point(name) for one in found for name in one.timings], HEADER[0],
     )  # fmt: skip
 
 

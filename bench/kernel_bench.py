@@ -7,15 +7,19 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moesaic.bench import environment
 from moesaic.bench.interleave import equal_threads
 from moesaic.bench.plan import InputError, Row
 from moesaic.bench.spec import closest
 from moesaic.bench.store import jsonable, replace_file
+
+if TYPE_CHECKING:
+    from moesaic.bench.roofline import Roof, RoofPoint
 
 BUSY = 0.25
 """Load average per core above which a report warns that others were at work."""
@@ -29,6 +33,13 @@ class Options:
     device: str
     quick: bool
     say: Callable[[str], None]
+
+    @cached_property
+    def roof(self) -> Roof:
+        """The device's, measured where none is kept: take it before anything else, whose load it would feel."""
+        from moesaic.bench import roofline
+
+        return roofline.measured_roof(self.device, self.say)
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,8 @@ class Findings:
         draw: writes the figure into a folder and returns its files.
         extra: further entries of the JSON object, by name.
         failures: why the benchmark failed; empty where it did not.
+        points: timings to be drawn under the device's roof; no such figure without.
+        points_key: what the points' labels say, such as ``T, E, k``.
     """
 
     rows: list[Row]
@@ -76,6 +89,8 @@ class Findings:
     draw: Callable[[Path], list[Path]]
     extra: Mapping[str, object] = field(default_factory=dict)
     failures: Sequence[str] = ()
+    points: Sequence[RoofPoint] = ()
+    points_key: str = "case"
 
 
 @dataclass(frozen=True)
@@ -127,6 +142,12 @@ def _million(options: Options) -> Findings:
 
 def _energy(options: Options) -> Findings:
     from moesaic.bench.bench_energy import run
+
+    return run(options)
+
+
+def _roofline(options: Options) -> Findings:
+    from moesaic.bench.bench_roofline import run
 
     return run(options)
 
@@ -186,6 +207,7 @@ BENCHES: dict[str, Benchmark] = {
         ("dense",),
         _energy,
     ),
+    "roofline": Benchmark("what this device can do at most: products by dtype, and a copy", {}, (), _roofline),
 }
 
 
@@ -207,7 +229,9 @@ def run_bench(
     quick: bool = False,
     argv: Sequence[str] = (),
 ) -> BenchResult:
-    """Run a benchmark and write ``bench-NAME.json``, ``bench-NAME.md`` and its figure into ``out``.
+    """Run a benchmark and write ``bench-NAME.json``, ``bench-NAME.md`` and its figures into ``out``.
+
+    Where it has points, ``figures/bench-NAME-roofline`` shows them under the device's roof.
 
     Args:
         name: a key of `BENCHES`.
@@ -242,13 +266,22 @@ def run_bench(
         say(f"bench {name}: {warning}")
     with equal_threads() as threads:
         here = environment.environment(argv)
-        found = benchmark.run(Options(peers, device, quick, say))
+        asked = Options(peers, device, quick, say)
+        found = benchmark.run(asked)
+        # The name of a CPU's roof has the number of threads.
+        roof = asked.roof if found.points else None
     here["ended"] = environment.now()
-    figures = [path.relative_to(out).as_posix() for path in found.draw(out / "figures")]
+    paths = found.draw(out / "figures")
+    if roof is not None:
+        from moesaic.bench.roof_figure import draw_points
+
+        paths = [*paths, *draw_points(found.points, roof, found.points_key, out / "figures", f"bench-{name}-roofline")]
+    figures = [path.relative_to(out).as_posix() for path in paths]
     options = {"against": list(peers), "device": device, "quick": quick, "threads": threads, "load_average": load}
     record: dict[str, Any] = {
         "benchmark": name, "description": benchmark.description, "options": options, "environment": here,
-        "rows": found.rows, **found.extra, "failures": list(found.failures), "warnings": warnings, "figures": figures,
+        "rows": found.rows, "roof": None if roof is None else asdict(roof), **found.extra,
+        "failures": list(found.failures), "warnings": warnings, "figures": figures,
     }  # fmt: skip
     text = json.dumps(jsonable(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     replace_file(target, lambda path: path.write_text(text, encoding="utf-8"))
@@ -279,6 +312,8 @@ def _find(name: str, against: Sequence[str]) -> tuple[Benchmark, tuple[str, ...]
         raise InputError(f"bench {name!r}: no such benchmark{closest(name, BENCHES)}; there are: {', '.join(BENCHES)}")
     benchmark = BENCHES[name]
     for peer in against:
+        if not benchmark.peers:
+            raise InputError(f"--against {peer!r}: bench {name} has no peers, it measures the device alone")
         if peer not in benchmark.peers:
             known = "; ".join(f"{key} ({words})" for key, words in benchmark.peers.items())
             raise InputError(

@@ -163,7 +163,14 @@ def result_lines(found: Sequence[Cell], compared: Sequence[Comparison]) -> list[
 
 def si(value: float) -> str:
     """Three significant digits and a decimal prefix: 12_345 → ``12.3k``."""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor * 0.9995:
             return f"{value / factor:.3g}{prefix}"
     return f"{value:.3g}"
+
+
+def si_unit(value: float, unit: str) -> str:
+    """The same with a unit: 12_345, ``B/s`` → ``12.3 kB/s``."""
+    text = si(value)
+    number = text.rstrip("PTGMk")
+    return f"{number} {text[len(number) :]}{unit}"
