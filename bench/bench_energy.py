@@ -26,8 +26,8 @@ from moesaic.bench.words import si
 
 ROUNDS, LEAST_S = 7, 0.2
 QUICK_ROUNDS, QUICK_LEAST_S = 3, 0.05
-WINDOWS: dict[str, float] = {"duration_s": 5.0, "trials": 5, "cooldown_s": 5.0, "warmup_s": 2.0, "idle_s": 10.0}
-QUICK_WINDOWS: dict[str, float] = {"duration_s": 2.0, "trials": 3, "cooldown_s": 1.0, "warmup_s": 1.0, "idle_s": 10.0}
+WINDOWS: dict[str, Any] = {"duration_s": 5.0, "trials": 5, "cooldown_s": 5.0, "warmup_s": 2.0, "idle_s": 10.0}
+QUICK_WINDOWS: dict[str, Any] = {"duration_s": 2.0, "trials": 3, "cooldown_s": 1.0, "warmup_s": 1.0, "idle_s": 10.0}
 
 HEADER = ("what", "matched by", "ms", "FLOPs", "bytes", "GFLOP/s", "J", "CV", "W", "idle W", "GFLOP/J")
 NOTES = (

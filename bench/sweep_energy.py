@@ -21,7 +21,7 @@ from moesaic.bench.plan import InputError, PlannedRun, Preset, Row, is_large
 from moesaic.bench.store import ENERGY_FILE, RunStore, jsonable, replace_file
 
 ROUNDS, QUICK_ROUNDS, LEAST_S = 5, 3, 0.05
-WINDOWS: dict[str, float] = {"duration_s": 2.0, "trials": 5, "cooldown_s": 1.0, "warmup_s": 1.0, "idle_s": 10.0}
+WINDOWS: dict[str, Any] = {"duration_s": 2.0, "trials": 5, "cooldown_s": 1.0, "warmup_s": 1.0, "idle_s": 10.0}
 QUICK_WINDOWS = {**WINDOWS, "trials": 3}
 MOST_CELLS = 200
 
