@@ -8,7 +8,7 @@ has a meter. Where it has none they are null, and the reason is part of the resu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from moesaic.bench.efficiency import YARDSTICK_WORDS, Cost, Gap, efficiency_gap, gap, gap_words, spread, three
-from moesaic.bench.energy_cases import LAYERS, QUICK_LAYERS, TOY, Work, layer_works, step_works
+from moesaic.bench.energy_cases import LAYERS, QUICK_LAYERS, TOYS, ToyCase, Work, layer_works, step_works
 from moesaic.bench.energy_training import FULL, QUICK, EqualLoss, to_equal_loss, training_works
 from moesaic.bench.interleave import Timing, clock, interleave
 from moesaic.bench.kernel_bench import Findings, Options, Table
@@ -160,12 +160,14 @@ def run(options: Options) -> Findings:
                 found += _told(measure(works, options, meter), options)
         except (MemoryError, torch.OutOfMemoryError) as error:
             not_run.append(f"layer {case.name} not run: {type(error).__name__}")
-    found += _told(measure(step_works(TOY, options.device, options.quick), options, meter), options)
     budget = QUICK if options.quick else FULL
-    options.say("bench energy: tuning and training toy models to equal loss")
-    equal = to_equal_loss(TOY, budget, partial(_train, device=options.device))
-    trainings = training_works(TOY, equal, budget, options.device)
-    found += _told(measure(trainings, options, meter), options)
+    equal: dict[ToyCase, EqualLoss] = {}
+    for toy in TOYS[:1] if options.quick else TOYS:
+        found += _told(measure(step_works(toy, options.device, options.quick), options, meter), options)
+        options.say(f"bench energy: tuning and training toy models to equal loss, {toy.name}")
+        equal[toy] = to_equal_loss(toy, budget, partial(_train, device=options.device))
+        trainings = training_works(toy, equal[toy], budget, options.device)
+        found += _told(measure(trainings, options, meter), options)
     return _findings(found, equal, reason, not_run)
 
 
@@ -182,7 +184,9 @@ def _told(found: list[Measured], options: Options) -> list[Measured]:
     return found
 
 
-def _findings(found: list[Measured], equal: EqualLoss, reason: str | None, not_run: Sequence[str]) -> Findings:
+def _findings(
+    found: list[Measured], equal: Mapping[ToyCase, EqualLoss], reason: str | None, not_run: Sequence[str]
+) -> Findings:
     compared = gaps(found)
     tables = []
     for subject, case in dict.fromkeys((one.work.subject, one.work.case) for one in found):
@@ -196,29 +200,41 @@ def _findings(found: list[Measured], equal: EqualLoss, reason: str | None, not_r
         )
         for one in compared
     ]
-    words = [gap_words(compared, reason), *NOTES, *_equal_loss_words(equal), YARDSTICK_WORDS, *not_run]
+    words = [
+        gap_words(compared, reason),
+        *NOTES,
+        *(_equal_loss_words(*one) for one in equal.items()),
+        YARDSTICK_WORDS,
+        *not_run,
+    ]
     tables.append(Table("Dense over sparse: cost of the dense side over the sparse one's", RATIOS, lines, words))
-    rows = [one.row(reason) for one in found] + _null_rows(equal, reason)
+    rows = [one.row(reason) for one in found] + [row for one in equal.items() for row in null_rows(*one)]
     return Findings(
-        rows, tables, partial(_draw, compared, reason), {"equal_loss": _record(equal), "not_measured": reason}
+        rows,
+        tables,
+        partial(_draw, compared, reason),
+        {"equal_loss": {toy.name: _record(one) for toy, one in equal.items()}, "not_measured": reason},
     )
 
 
-def _equal_loss_words(equal: EqualLoss) -> list[str]:
+def _equal_loss_words(case: ToyCase, equal: EqualLoss) -> str:
     from moesaic.bench.energy_cases import toy_name
 
     missed = [toy_name(toy) for toy, attempt in equal.reached.items() if attempt is None]
-    text = f"Target: held-out unexplained variance {equal.target:.4f}, the MoE's mean over seeds for all of the steps."
-    return [f"{text} Not reached by {', '.join(missed)}: null." if missed else text]
+    text = (
+        f"Target of {case.name}: held-out unexplained variance {equal.target:.4f}, the MoE's mean over seeds for all "
+        "of the steps. At equal loss stands the narrowest dense model that reaches it."
+    )
+    return f"{text} Not reached by {', '.join(missed)}: null." if missed else text
 
 
-def _null_rows(equal: EqualLoss, reason: str | None) -> list[Row]:
+def null_rows(case: ToyCase, equal: EqualLoss) -> list[Row]:
     """Models that were to be compared and never reached the target: all of their costs are null."""
     from moesaic.bench.energy_cases import toy_name
 
     return [
         {
-            "subject": "toy model, training to equal loss", "case": TOY.name, "name": toy_name(toy),
+            "subject": "toy model, training to equal loss", "case": case.name, "name": toy_name(toy),
             "matched_by": equal.matched_by[toy], "unit": "training", "j_to_target_loss": None, "seconds": None,
             "flops": None, "bytes": None, "valid": False, "not_measured": "the target loss was not reached",
         }

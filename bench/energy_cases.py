@@ -240,11 +240,13 @@ class ToyCase:
         return replace(self.toy, n_hidden=width, n_experts=1, top_k=1, shared_hidden=0)
 
 
-TOY = ToyCase(
-    ToyConfig(128, 4, 16, 2, "switch", parametrization="small"),
-    FeatureConfig(features="clustered", n_clusters=16, feature_probability=0.5),
-    TrainConfig(batch_size=256, schedule="cosine", reduction="sum"),
+_DATA = FeatureConfig(features="clustered", n_clusters=16, feature_probability=0.5)
+_TRAINING = TrainConfig(batch_size=256, schedule="cosine", reduction="sum")
+TOYS = tuple(
+    ToyCase(ToyConfig(128, m, experts, k, gate, parametrization="small"), _DATA, _TRAINING)
+    for m, experts, k, gate in ((16, 4, 1, "paper"), (4, 16, 2, "switch"))
 )
+"""Few wide experts under the published gate, and many narrow ones under one whose router learns; data of `tradeoff`."""
 MODELS = {"cpu": 16, "cuda": 132}
 STEPS = 8
 

@@ -19,7 +19,8 @@ from moesaic.bench.plan import PlannedRun, Row, training_groups
 from moesaic.metrics import count_flops
 from moesaic.moe import Run, ToyConfig
 
-EQUAL_LOSS = "equal loss (the narrowest dense model that gets there)"
+EQUAL_LOSS = "equal loss"
+"""Of the dense models that reach the target, the narrowest."""
 LOSS = "unexplained_variance"
 TUNING_SEED = 1_000_000
 

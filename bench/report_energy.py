@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from moesaic.bench.figure_parts import Labelled
     from moesaic.bench.figures import Drawn
 
-EQUAL_LOSS = "equal loss (the narrowest dense model of the sweep that is as good)"
+EQUAL_LOSS = "equal loss"
+"""Of the dense models of the sweep that are as good, the narrowest."""
 
 
 def costs(found: Sequence[Cell], record: Mapping[str, Any]) -> dict[tuple[str, str], Cost]:
@@ -124,8 +125,8 @@ _COST_CAPTION = (
     "(dashed: the dense models' median)."
 )
 _GAP_CAPTION = (
-    "Cost of a dense training over that of an MoE, matched in three ways. FLOPs and bytes are counted from shapes, "
-    "time and joules measured, all trainings in turn; where the four disagree, FLOPs do not tell what sparsity buys."
+    "Cost of a dense training over that of an MoE, matched in three ways; at equal loss, with the narrowest dense "
+    "model of the sweep that is as good. FLOPs and bytes are counted from shapes, time and joules measured, all trainings in turn; where the four disagree, FLOPs do not tell what sparsity buys."
 )
 
 
