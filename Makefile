@@ -40,6 +40,7 @@ unit: $(VENV)/.dev ## pytest, more than 90 % of the lines of kernels, moe and me
 test-huggingface: $(VENV)/.huggingface ## what needs transformers and its neighbour `kernels`, installed for it (about 200 MB)
 	$(BIN)/pytest tests/test_packaging.py tests/moe/test_hf.py tests/moe/test_hf_routers.py tests/bench/test_bench_layer.py \
 	  tests/moe/test_hf_gate.py tests/moe/test_hf_models.py tests/moe/test_hf_architectures.py tests/test_examples.py \
+	  tests/metrics/test_flops_transformers.py \
 	  -k "huggingface or test_hf or transformers or test_examples" -rs --numprocesses 2 --dist loadfile
 
 train-lm: $(VENV)/.huggingface ## the examples: a language model trained through the layer, then its experts measured

@@ -19,6 +19,7 @@ from moesaic.kernels import (
     FeatureState,
     FeatureTable,
     FeatureTraining,
+    _padding,
     ensemble_cpu,
     evaluate,
     expert_mlp,
@@ -29,6 +30,7 @@ from moesaic.kernels import (
     stripes,
     tile_map,
     train_ensemble,
+    vectors_cpu,
 )
 from moesaic.kernels._accounting import Call, Groups, Work, moved, work_registry
 from moesaic.kernels.ensemble import GATES
@@ -133,6 +135,7 @@ def test_a_gpu_executes_tiny_experts_by_vectors() -> None:
 @pytest.mark.parametrize(("dtype", "lanes"), [(torch.float32, 16), (torch.float64, 8), (torch.bfloat16, 16)])
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_a_cpu_pads_columns_and_no_rows(name: str, dtype: torch.dtype, lanes: int) -> None:
+    assert _padding._LINE == vectors_cpu.LINE
     ids = routed(name)
     rows, d_ff = int((ids < E).sum()), 19
     given = problem(ids, dtype, d_ff)
