@@ -200,15 +200,15 @@ class Point:
         }  # fmt: skip
 
 
-def pair(models: Sequence[Model], sizes: Sizes, device: str, group: str) -> list[Point]:
-    """Time exact steps of models in turn; the first is what others are compared with, ``group`` the roof's panel."""
+def pair(models: Sequence[Model], sizes: Sizes, device: str, across: str) -> list[Point]:
+    """Time exact steps of models in turn; the first is what others are compared with; ``across``: what is varied."""
     steppers = [Stepper.of(model, sizes, device) for model in models]
     work = {number: clock(stepper.repeat, device) for number, stepper in enumerate(steppers)}
     timings = interleave(work, rounds=ROUNDS, least_s=LEAST_S)
     return [
         Point(
             stepper.model, timings[number], counts_of(stepper), ratio(timings[0], timings[number]),
-            point_of(stepper, "exact", group, timings[number]),
+            point_of(stepper, "exact", f"exact steps against {across}", timings[number]),
         )
         for number, stepper in enumerate(steppers)
     ]  # fmt: skip
@@ -267,7 +267,12 @@ def run(options: Options) -> Findings:
     options.say(where.text())
     rows += parts
     curve = [
-        pair([Model(n, sizes.n_hidden), Model(n, sizes.n_hidden // sizes.moe, sizes.moe)], sizes, device, "against n")
+        pair(
+            [Model(n, sizes.n_hidden), Model(n, sizes.n_hidden // sizes.moe, sizes.moe)],
+            sizes,
+            device,
+            "exact steps against n",
+        )
         for n in sizes.curve
     ]
     fits = {
@@ -279,7 +284,9 @@ def run(options: Options) -> Findings:
     experts = []
     for n_experts in sizes.experts:
         moe = Model(sizes.n_features, sizes.n_hidden // n_experts, n_experts)
-        points = pair([sizes.dense] if moe == sizes.dense else [sizes.dense, moe], sizes, device, "against E")
+        points = pair(
+            [sizes.dense] if moe == sizes.dense else [sizes.dense, moe], sizes, device, "exact steps against E"
+        )
         experts.append((points[0], points[-1]))
         options.say(f"bench million, E = {n_experts}: dense / MoE = {experts[-1][1].speedup['median']:.3g}")
     rows += [moe.row("experts", roof, **ratios(dense, moe)) for dense, moe in experts]
@@ -306,9 +313,7 @@ def run(options: Options) -> Findings:
         *(step.point for step in found), *(one.point for points in curve for one in points),
         *(moe.point for _, moe in experts),
     ]  # fmt: skip
-    return Findings(
-        rows + samplers, tables, partial(draw, rows, fits), extra, failures, drawn, "n; E, m, with k = 1 of E > 1"
-    )
+    return Findings(rows + samplers, tables, partial(draw, rows, fits), extra, failures, drawn, "n; E, m, with k = 1")
 
 
 def ratios(dense: Point, moe: Point) -> dict[str, float]:

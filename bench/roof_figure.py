@@ -7,7 +7,7 @@ bytes      bytes/s against bytes that have to move, under the bandwidth: for wor
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +27,8 @@ ACROSS: Mapping[Kind, str] = {
     "products": "useful FLOPs per byte that has to move", "bytes": "bytes that have to move"
 }  # fmt: skip
 PANEL_HEIGHT, KEY_LINE = 3.1, 0.155
-KEY_LETTERS = 150
-"""Letters of the key that a line of 9 inches has room for."""
+KEY_LETTERS, KEY_BESIDE, LEGEND_LETTERS, LEGEND_BESIDE = 170, 5, 135, 9
+"""Letters of the key and of the legend that a line of 9 inches has room for, and those that stay free in a column."""
 
 
 def looks(sides: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -53,10 +53,14 @@ def draw_points(points: Sequence[RoofPoint], roof: Roof, key: str, folder: Path,
     groups = [(kind, group) for kind, here in kinds.items() for group in dict.fromkeys(point.group for point in here)]
     columns = min(2, len(groups))
     lines = -(-len(groups) // columns)
-    entries, key_lines = _key_grid(numbers)
+    # A figure space is as wide as a digit.
+    texts = [f"{number:\u2007>3}   {label}" for label, number in numbers.items()]
+    key_lines = -(-len(texts) // len(_columns(texts, KEY_BESIDE, KEY_LETTERS)))
+    # Numbers that find no room next to their points go above the roof.
+    height = PANEL_HEIGHT + 0.06 * max(0, len(numbers) - 8)
     with style():
         figure, axes = panels(lines + 1, columns, width=4.4, height=1.0)
-        heights = [PANEL_HEIGHT] * lines + [KEY_LINE * (key_lines + 1)]
+        heights = [height] * lines + [KEY_LINE * (key_lines + 1)]
         figure.set_size_inches(9.2, sum(heights) + 0.5)
         cells = [axis for line in axes for axis in line]
         grid = cells[0].get_gridspec()
@@ -72,8 +76,8 @@ def draw_points(points: Sequence[RoofPoint], roof: Roof, key: str, folder: Path,
             labelled.append(_draw_panel(axis, here, kind, roof, dtypes, ends, numbers, marks))
             axis.set_title(group[:1].upper() + group[1:])
             axis.set_ylabel(UNIT[kind] if kind == "bytes" else f"useful {UNIT[kind]}")
-        _draw_key(figure.add_subplot(grid[-1, :]), entries, key_lines, key)
-        _legend(figure, cells[: len(groups)])
+        _draw_key(figure.add_subplot(grid[-1, :]), texts, key)
+        _legend(figure, cells[: len(groups)], marks)
         place_labels(figure, labelled, size=7)
         save(figure, folder, name)
     return [folder / f"{name}.{ending}" for ending in ("png", "svg")]
@@ -91,15 +95,18 @@ def _place(point: RoofPoint) -> tuple[float, float]:
 
 
 def _ends(points: Sequence[RoofPoint], kind: Kind, roof: Roof) -> tuple[Ends, Ends]:
-    """The range of both axes, equal for all panels of a kind: all points, and the roof with its ridge."""
+    """The range of both axes, equal for all panels of a kind: all points, the roof with its ridge, room for numbers."""
     across, speeds = ([values[i] for values in map(_place, points)] for i in (0, 1))
     if kind == "bytes":
         speeds.append(roof.copy_bytes_per_s)
-        return (min(across) / 2, 2 * max(across)), (min(speeds) / 2, 2 * max(speeds))
-    dtypes = {point.dtype for point in points}
-    across += [roof.ridge(dtype) for dtype in dtypes]
-    speeds += [roof.rate(dtype) for dtype in dtypes]
-    return (min(across) / 3, 2 * max(across)), (min(speeds) / 2, 2 * max(speeds))
+    else:
+        dtypes = {point.dtype for point in points}
+        # Left of the ridge some of the slope.
+        across += [roof.ridge(dtype) / 2 for dtype in dtypes]
+        speeds += [roof.rate(dtype) for dtype in dtypes]
+    low, high = min(speeds) / 2, max(speeds)
+    above = (high / low) ** (0.1 + len({point.label for point in points}) / 150)
+    return (min(across) / 2, 2 * max(across)), (low, high * above)
 
 
 def _draw_panel(
@@ -146,7 +153,8 @@ def _draw_panel(
         # Sides of one case lie above one another; one number stands for all.
         if (point.label, x) not in numbered:
             numbered.add((point.label, x))
-            panel.labels.append(Label(x, y, str(numbers[point.label])))
+            # Spaces keep two numbers side by side from reading as one.
+            panel.labels.append(Label(x, y, f" {numbers[point.label]} "))
     _scale(axes, ends)
     axes.set_xlabel(ACROSS[kind])
     return panel
@@ -176,34 +184,35 @@ def _scale(axes: Axes, ends: tuple[Ends, Ends]) -> None:
         axis.set_ticks([], minor=True)
 
 
-def _key_grid(numbers: Mapping[str, int]) -> tuple[list[tuple[float, int, str]], int]:
-    """(place across from 0 to 1, line, text) of every entry, column by column, and how many lines they take."""
-    texts = [(number, label) for label, number in numbers.items()]
-    widest = max(len(f"{number}   {label}") for number, label in texts)
-    columns = max(1, min(len(texts), KEY_LETTERS // (widest + 4)))
-    lines = -(-len(texts) // columns)
-    return [
-        (i // lines / columns, i % lines, f"{number:>3}   {label}") for i, (number, label) in enumerate(texts)
-    ], lines
+def _columns(words: Sequence[str], beside: int, room: int) -> list[int]:
+    """Letters that each column takes, ``beside`` of them next to its longest word: as many columns as ``room`` has."""
+    found: list[int] = []
+    for count in range(1, len(words) + 1):
+        lines = -(-len(words) // count)
+        widths = [max(map(len, words[i : i + lines])) + beside for i in range(0, len(words), lines)]
+        if not found or sum(widths) <= room:
+            found = widths
+    return found
 
 
-def _draw_key(axes: Axes, entries: Sequence[tuple[float, int, str]], lines: int, key: str) -> None:
+def _draw_key(axes: Axes, texts: Sequence[str], key: str) -> None:
     axes.axis("off")
-    height = 1 / (lines + 1)
+    widths = _columns(texts, KEY_BESIDE, KEY_LETTERS)
+    lines = -(-len(texts) // len(widths))
     where: dict[str, Any] = {"transform": axes.transAxes, "va": "top", "fontsize": 7, "in_layout": False}
     axes.text(0, 1, f"numbers: {key}", color=MUTED, **where)
-    for across, line, text in entries:
-        axes.text(across, 1 - (line + 1) * height, text, **where)
+    for i, text in enumerate(texts):
+        column, line = divmod(i, lines)
+        axes.text(sum(widths[:column]) / KEY_LETTERS, 1 - (line + 1) / (lines + 1), text, **where)
 
 
-def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
+def _legend(figure: Figure, axes: Sequence[Axes], sides: Container[str]) -> None:
+    """Below all panels, the roofs first."""
     found = {label: handle for one in axes for handle, label in zip(*one.get_legend_handles_labels(), strict=True)}
-    # The roofs first: a stable sort, and only sides have a marker.
-    found = dict(sorted(found.items(), key=lambda item: item[1].get_marker() != "None"))
-    handles = list(found.values())
-    figure.legend(
-        handles, [*found], loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=8
-    )  # fmt: skip
+    names = sorted(found, key=lambda name: name in sides)
+    columns = len(_columns(names, LEGEND_BESIDE, LEGEND_LETTERS))
+    handles = [found[name] for name in names]
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 
 def draw_roofs(roofs: Mapping[str, Roof], folder: Path, name: str) -> list[Path]:
