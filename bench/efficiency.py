@@ -147,14 +147,16 @@ def efficiency_gap(gaps: Sequence[Gap], reason: str | None) -> Figure | None:
     """
     if not gaps:
         return None
-    from moesaic.bench.palette import DENSE, FOURTH, MOE, THIRD
+    from moesaic.bench.palette import DENSE, FOURTH, MOE, MUTED, THIRD
     from moesaic.bench.plot_style import panels
 
     looks = {"flops": (DENSE, "o"), "bytes": (THIRD, "s"), "seconds": (MOE, "D"), "joules": (FOURTH, "^")}
     kinds = list(dict.fromkeys(one.matched_by for one in gaps))
     sizes = [sum(one.matched_by == kind for one in gaps) for kind in kinds]
     figure, grid = panels(len(kinds), 1, width=7.4, height=1.0, sharex=True)
-    figure.set_size_inches(7.8, 1.3 + 0.55 * len(kinds) + 0.27 * sum(sizes))
+    figure.set_size_inches(
+        8.6, 1.6 + 0.5 * len(kinds) + (0.36 if any(": " in one.sparse for one in gaps) else 0.27) * sum(sizes)
+    )
     axes = [line[0] for line in grid]
     if (spec := axes[0].get_gridspec()) is not None:
         spec.set_height_ratios([size + 1.0 for size in sizes])
@@ -163,6 +165,10 @@ def efficiency_gap(gaps: Sequence[Gap], reason: str | None) -> Figure | None:
     for kind, panel in zip(kinds, axes, strict=True):
         _draw_gaps(panel, [one for one in gaps if one.matched_by == kind], looks, low)
         panel.set_title(heading(kind))
+    axes[0].text(
+        YARDSTICK, 1.04, "literature estimate, not measured:\nbrain and training a language model", fontsize=7,
+        color=MUTED, ha="right", va="bottom", transform=axes[0].get_xaxis_transform(),
+    )  # fmt: skip
     axes[-1].set_xlabel("times less than dense (dense = 1); bars: lowest to highest round")
     handles = [
         axes[-1].plot(
@@ -198,7 +204,7 @@ def _draw_gaps(axes: Axes, gaps: Sequence[Gap], looks: Mapping[str, tuple[str, s
                 value.median, y + shift, xerr=bars, fmt=marker, color=colour, ms=4.2, elinewidth=1, zorder=3,
                 mfc=colour if quantity in MEASURED else PAPER,
             )  # fmt: skip
-    axes.set_yticks(range(len(gaps)), [f"{one.sparse} / {one.dense}" for one in gaps])
+    axes.set_yticks(range(len(gaps)), [f"{one.sparse} / {one.dense}".replace(": ", "\n") for one in gaps])
     axes.set_ylim(len(gaps) - 0.45, -0.55)
     ticks = [10.0**e for e in range(math.floor(math.log10(low)), 5) if low <= 10.0**e]
     axes.set_xlim(low, 3e4)
@@ -208,8 +214,3 @@ def _draw_gaps(axes: Axes, gaps: Sequence[Gap], looks: Mapping[str, tuple[str, s
     # What is not ours stands on grey, apart.
     axes.axvspan(2.5e3, 3e4, color=GRID, alpha=0.7, lw=0, zorder=0)
     axes.axvline(YARDSTICK, color=MUTED, lw=1.4, ls=(0, (4, 3)), zorder=2)
-    axes.text(
-        YARDSTICK * 0.88, 0.5, "literature estimate,\nnot measured:\nbrain and training\na language model", fontsize=6,
-        rotation=90, color=MUTED, ha="right", va="center", transform=axes.get_xaxis_transform(), linespacing=1.05,
-        in_layout=False,
-    )  # fmt: skip

@@ -126,7 +126,8 @@ _COST_CAPTION = (
 )
 _GAP_CAPTION = (
     "Cost of a dense training over that of an MoE, matched in three ways; at equal loss, with the narrowest dense "
-    "model of the sweep that is as good. FLOPs and bytes are counted from shapes, time and joules measured, all trainings in turn; where the four disagree, FLOPs do not tell what sparsity buys."
+    "model of the sweep that is as good. FLOPs and bytes are counted from shapes, time and joules measured, all "
+    "trainings in turn; where the four disagree, FLOPs do not tell what sparsity buys."
 )
 
 

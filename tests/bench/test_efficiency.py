@@ -76,11 +76,11 @@ def test_the_figure_has_dense_at_1_and_the_yardstick_apart() -> None:
         lines = [np.asarray(line.get_xdata(), dtype=float) for line in axes.get_lines()]
         upright = {float(x[0]) for x in lines if len(x) > 1 and len(set(x)) == 1}
         assert {1.0, YARDSTICK} <= upright
-        assert any("not measured" in text.get_text() for text in axes.texts)
         low, high = axes.get_xlim()
         assert low < 0.5
         assert high > YARDSTICK
         assert axes.get_xscale() == "log"
+    assert any("literature estimate, not measured" in text.get_text() for text in figure.axes[0].texts)
     key = [text.get_text() for text in figure.legends[0].get_texts()]
     assert "joules: not measured" in key
     assert efficiency_gap([], None) is None
