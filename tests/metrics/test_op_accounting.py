@@ -22,7 +22,8 @@ def convolutions() -> Tensor:
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2, groups=2), nn.ConvTranspose2d(8, 4, 2)
     )
-    return model(torch.randn(2, 3, 9, 9, requires_grad=True))
+    out: Tensor = model(torch.randn(2, 3, 9, 9, requires_grad=True))
+    return out
 
 
 def attention(where: str) -> Callable[[], Tensor]:
@@ -38,7 +39,8 @@ def attention(where: str) -> Callable[[], Tensor]:
 
 def encoder() -> Tensor:
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0)
-    return layer(torch.randn(2, 5, 16, requires_grad=True))
+    out: Tensor = layer(torch.randn(2, 5, 16, requires_grad=True))
+    return out
 
 
 def recurrent() -> Tensor:
@@ -47,12 +49,14 @@ def recurrent() -> Tensor:
 
 
 def mixture() -> Tensor:
-    return MoE(16, 12, 4, 2, n_shared_experts=1, gate="sigmoid", balance="bias", bias=True)(torch.randn(9, 16))
+    layer = MoE(16, 12, 4, 2, n_shared_experts=1, gate="sigmoid", balance="bias", bias=True)
+    out: Tensor = layer(torch.randn(9, 16))
+    return out
 
 
 def recomputed() -> Tensor:
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-    out: Any = checkpoint(model, torch.randn(4, 5, requires_grad=True), use_reentrant=False)
+    out: Tensor = checkpoint(model, torch.randn(4, 5, requires_grad=True), use_reentrant=False)
     return out
 
 
