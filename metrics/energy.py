@@ -162,12 +162,12 @@ def compare_energy(
 
     Raises:
         ValueError: before any call for an unknown meter or device, no workload, fewer than 2 trials or a time too short
-            (a window takes 10 updates); after a round of trials for windows that differ by more than 5 % between
-            workloads, as a bias that depends on the window would be taken for a difference.
-        RuntimeError: fewer than 10 ticks in a window.
+            (11 updates, of which 10 are surely inside); after a round of trials for windows that differ by more than
+            5 % between workloads, as a bias that depends on the window would be taken for a difference.
+        RuntimeError: after idling or a round of trials, for fewer than 10 ticks in a window.
     """
     source = find_meter(meter, device) if isinstance(meter, str) else meter
-    window_s = 0.0 if isinstance(source, str) else MIN_TICKS * source.update_period_s
+    window_s = 0.0 if isinstance(source, str) else (MIN_TICKS + 1) * source.update_period_s
     limits = {"trials": (trials, 2), "duration_s": (duration_s, window_s), "idle_s": (idle_s, window_s)}
     limits |= {"cooldown_s": (cooldown_s, 0), "warmup_s": (warmup_s, 0)}
     for name, (value, least) in limits.items():
@@ -198,6 +198,8 @@ def compare_energy(
             for name, load in loads.items():
                 windows[name].append(load.trial(warmup_s, duration_s))
                 _cool(source, cooldown_s, start_c)
+            for done in windows.values():
+                fit_power(_inside(recording, done[-1]))
             _refuse_unequal({name: [w.seconds for w in seen] for name, seen in windows.items()}, duration_s)
         idle.append(_idle(source, idle_s))
         after = source.describe()
@@ -235,7 +237,7 @@ class _Load:
     """Back-to-back calls in chunks of at least `CHUNK_S`, one in flight while the last is waited for."""
 
     def __init__(self, meter: EnergyMeter, fn: Callable[[], object]) -> None:
-        self._meter, self._fn, self._size = meter, fn, 1
+        self._meter, self._fn, self._size, self._long = meter, fn, 1, 0
 
     def _launch(self) -> tuple[Mark, int]:
         for _ in range(self._size):
@@ -257,10 +259,12 @@ class _Load:
         first.wait()
         last = first
         for mark, calls in chunks:
-            short, last = mark.since(last) < CHUNK_S, mark
-            if short and calls == self._size:
-                self._size *= 2
-            if not short and mark.since(first) >= warmup_s:
+            if calls == self._size:  # else it was launched before the last doubling
+                self._long += 1
+                if mark.since(last) < CHUNK_S:
+                    self._size, self._long = 2 * self._size, 0
+            last = mark
+            if self._long >= 2 and mark.since(first) >= warmup_s:  # one may be long by a late compilation
                 break
         start, total = self._meter.now(), 0
         for mark, calls in chunks:
