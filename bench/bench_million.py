@@ -271,7 +271,7 @@ def run(options: Options) -> Findings:
             [Model(n, sizes.n_hidden), Model(n, sizes.n_hidden // sizes.moe, sizes.moe)],
             sizes,
             device,
-            "exact steps against n",
+            "n",
         )
         for n in sizes.curve
     ]
@@ -284,9 +284,7 @@ def run(options: Options) -> Findings:
     experts = []
     for n_experts in sizes.experts:
         moe = Model(sizes.n_features, sizes.n_hidden // n_experts, n_experts)
-        points = pair(
-            [sizes.dense] if moe == sizes.dense else [sizes.dense, moe], sizes, device, "exact steps against E"
-        )
+        points = pair([sizes.dense] if moe == sizes.dense else [sizes.dense, moe], sizes, device, "E")
         experts.append((points[0], points[-1]))
         options.say(f"bench million, E = {n_experts}: dense / MoE = {experts[-1][1].speedup['median']:.3g}")
     rows += [moe.row("experts", roof, **ratios(dense, moe)) for dense, moe in experts]

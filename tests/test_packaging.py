@@ -307,7 +307,7 @@ def examples_of_the_readme(language: str) -> list[str]:
 @pytest.mark.filterwarnings("default")
 def test_the_huggingface_example_of_the_readme_runs() -> None:
     names: dict[str, Any] = {}
-    exec(examples_of_the_readme("python")[4], names)
+    exec(examples_of_the_readme("python")[5], names)
     assert names["model"].config._experts_implementation == "moesaic"
     assert all(parameter.grad is not None for parameter in names["model"].parameters())
 
@@ -322,7 +322,7 @@ def test_the_example_of_expert_parallelism_runs(tmp_path: Path) -> None:
 
 def test_examples_of_the_readme_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text()
-    toy, large, routing, layer, _, ops = examples_of_the_readme("python")
+    toy, large, counting, routing, layer, _, ops = examples_of_the_readme("python")
     assert len(toy.splitlines()) <= 10
     short = toy.replace("steps=2_000", "steps=100")
     assert short != toy
@@ -333,6 +333,10 @@ def test_examples_of_the_readme_run(capsys: pytest.CaptureFixture[str], tmp_path
     assert 0.5 < unexplained < 3
     assert step_s > 0
     names: dict[str, Any] = {}
+    exec(counting, names)
+    assert f"print(flops.forward.active.total)  # {names['flops'].forward.active.total}: what" in counting
+    assert capsys.readouterr().out.split()[0] == str(6 * 8192 * 2 * 4096 * 14336 + 2 * 8192 * 4096 * 64)
+    names = {}
     exec(routing, names)
     assert names["weights"].shape == names["ids"].shape == (4096, 8)
     assert int(names["grouping"].counts.sum()) == int(names["statistics"].counts.sum()) == 4096 * 8

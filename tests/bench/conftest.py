@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from moesaic.bench import bench_layer
+from moesaic.bench import bench_layer, roofline
 from moesaic.bench.roofline import Roof
 
 
@@ -17,11 +17,23 @@ def roof() -> Roof:
     return Roof({"float32": 1e11, "bfloat16": 1e10}, 1e10, "a device", "now", {})
 
 
+@pytest.fixture(autouse=True)
+def roofs_asked(monkeypatch: pytest.MonkeyPatch, roof: Roof) -> list[str]:
+    """Every benchmark is under a given roof; holds the devices of which it was asked."""
+    asked: list[str] = []
+
+    def measured_roof(device: str, say: Callable[[str], None]) -> Roof:
+        asked.append(device)
+        return roof
+
+    monkeypatch.setattr(roofline, "measured_roof", measured_roof)
+    return asked
+
+
 @pytest.fixture
-def briefly(monkeypatch: pytest.MonkeyPatch, roof: Roof) -> Iterator[None]:
-    """Short rounds under a given roof, on one thread: on a busy machine the others would only be waited for."""
+def briefly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Short rounds, on one thread: on a busy machine the others would only be waited for."""
     monkeypatch.setattr(bench_layer, "QUICK_LEAST_S", 1e-3)
-    monkeypatch.setattr(bench_layer, "measured_roof", lambda device, say: roof)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -19,6 +19,7 @@ from moesaic.bench.ensemble_peers import Case, Ensemble, Peer, cases, check_case
 from moesaic.bench.interleave import NotRunError, Timing
 from moesaic.bench.kernel_bench import Options
 from moesaic.bench.reproduce import phase_plan
+from moesaic.bench.roofline import Roof
 from moesaic.bench.vmap_baseline import VmapTrainer
 from moesaic.kernels import EnsembleShape, sample_features
 from moesaic.kernels.ensemble_compile import CompileReport
@@ -237,6 +238,9 @@ def test_peers_that_disagree_or_cannot_run_are_not_timed(monkeypatch: pytest.Mon
     ]
     assert found.tables[1].notes == ("not available: no compiler",)
     assert len(said) == 7
+    assert [(point.label, point.side) for point in found.points] == [
+        ("(3,2,3), 3 × 48", "moesaic"), ("(3,2,3), 3 × 48", "good")
+    ]  # fmt: skip
     assert row["sides"]["good"]["ms_per_step"] == pytest.approx(1.0)
 
 
@@ -248,8 +252,8 @@ def measured(**seconds: float) -> Measured:
     return Measured(case(), EXECUTED, timings, {"moesaic": 2, "vmap": 1, "torch-stacked": 2}, {}, {}, {})
 
 
-def test_a_row_has_rates_and_flops_of_both_sides() -> None:
-    row: dict[str, Any] = measured(moesaic=0.5, vmap=2.0, torch_stacked=1.0).row()
+def test_a_row_has_rates_and_flops_of_both_sides(roof: Roof) -> None:
+    row: dict[str, Any] = measured(moesaic=0.5, vmap=2.0, torch_stacked=1.0).row(roof)
     ours, vmap, stacked = (row["sides"][name] for name in ("moesaic", "vmap", "torch-stacked"))
     assert (ours["ms_per_step"], ours["ms_lowest"], ours["ms_highest"]) == pytest.approx((500, 450, 600))
     assert (ours["model_steps_per_s"], ours["samples_per_s"]) == (6.0, 288.0)
@@ -261,11 +265,14 @@ def test_a_row_has_rates_and_flops_of_both_sides() -> None:
         (stacked, 1.0, useful),
     ):  # fmt: skip
         assert (side["useful_flops_per_step"], side["executed_flops_per_step"]) == (useful, executed)
+        assert side["of_the_roof"] == pytest.approx(useful / 1e11 / seconds)
         assert (side["useful_flops_per_s"], side["executed_flops_per_s"]) == (useful / seconds, executed / seconds)
     assert [row["sides"][name]["threads"] for name in row["sides"]] == [2, 1, 2]
-    assert [line[2] for line in measured(moesaic=0.5, vmap=2.0, torch_stacked=1.0).lines()] == [
+    assert [line[2] for line in measured(moesaic=0.5, vmap=2.0, torch_stacked=1.0).lines(roof)] == [
         "moesaic", "vmap, 1 thread", "torch-stacked",
     ]  # fmt: skip
+    # 36 parameters with two moments, in and out once in 5,000 steps; a rate and two losses in every step.
+    assert row["least_bytes_per_step"] == pytest.approx(3 * (24 * (18 + 9 + 9) / 5000 + 16))
     assert row["ratio"]["vmap"] == pytest.approx({"median": 4.0, "low": 4.0, "high": 4.0})
     assert (row["models"], row["batch_size"], row["feature_probability"]) == (3, 48, pytest.approx([0.95, 0.97]))
 

@@ -18,7 +18,6 @@ from moesaic.bench.bench_layer import judge, measure, results
 from moesaic.bench.kernel_bench import BENCHES, Options, Table
 from moesaic.bench.layer_cases import Case, Sample
 from moesaic.bench.layer_peers import OURS
-from moesaic.bench.roofline import Roof
 from moesaic.kernels import grouped_matmul, reference
 
 SMALL = Case(24, 16, 8, 5, 2, "float32")
@@ -90,7 +89,7 @@ def test_a_wrong_product_has_no_speed(side: Callable[[ProductTurn, Tensor], Tens
     assert not found.timings
 
 
-def test_a_run_has_rows_both_tables_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roof: Roof) -> None:
+def test_a_run_has_rows_both_tables_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_grouped_matmul, "cases", lambda device, quick: [SMALL, SPARSE])
     limits = SimpleNamespace(grouped_limits=lambda: (Table("compiler", notes=("as told",)), [{"registers": 7}]))
     monkeypatch.setitem(sys.modules, "moesaic.bench.grouped_limit", limits)
@@ -101,7 +100,8 @@ def test_a_run_has_rows_both_tables_and_a_figure(tmp_path: Path, monkeypatch: py
         assert list(cast("dict[str, object]", row["sides"])) == list(SIDES)
     assert found.tables[1].notes == ("as told",)
     assert found.extra["compiler"] == [{"registers": 7}]
-    assert found.extra["roof"] == vars(roof)
+    assert "the roof: 0.1 TFLOP/s in float32" in found.tables[0].title
+    assert len(found.points) == 2 * 2 * len(SIDES)
     assert [path.name for path in found.draw(tmp_path)] == [f"bench-grouped-matmul.{kind}" for kind in ("png", "svg")]
 
 

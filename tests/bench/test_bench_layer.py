@@ -371,7 +371,7 @@ def test_without_transformers_its_peers_are_not_run(monkeypatch: pytest.MonkeyPa
         SIDES["transformers-eager"](Case(1024, 256, 128, 512, 8, "float32"), "cpu")
 
 
-def test_a_run_has_rows_a_table_and_a_figure(tmp_path: Path, roof: Roof) -> None:
+def test_a_run_has_rows_a_table_a_figure_and_points(tmp_path: Path, roof: Roof) -> None:
     said: list[str] = []
     asked = Options(("torch-grouped-mm", "torch-loop"), "cpu", True, said.append)
     found = run_subject(LAYER, [SMALL, DECODE, NARROW], asked, ("a note",))
@@ -400,7 +400,12 @@ def test_a_run_has_rows_a_table_and_a_figure(tmp_path: Path, roof: Roof) -> None
     paths = found.draw(tmp_path)
     assert [path.name for path in paths] == ["bench-layer.png", "bench-layer.svg"]
     assert all(path.stat().st_size > 10_000 for path in paths)
-    assert draw([], roof, "layer", tmp_path) == []
+    assert draw([], "layer", tmp_path) == []
+    assert [point.of(roof) for point in found.points] == [
+        side["of_the_roof"]
+        for row in found.rows
+        for side in row["sides"].values()  # type: ignore[attr-defined]
+    ]
 
 
 def _timed(case: Case, seconds: float, peer: float | None) -> Measured:

@@ -14,6 +14,7 @@ from moesaic.bench.kernel_bench import Options, Table
 from moesaic.bench.million_cases import LR, Model, Sizes, Stepper, draw_batches, sizes_of
 from moesaic.bench.million_peers import TorchStep, disagreement
 from moesaic.bench.plan import InputError
+from moesaic.bench.roofline import Roof
 from moesaic.metrics import count_flops
 from moesaic.moe import ToyConfig
 
@@ -25,7 +26,6 @@ def briefly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Short rounds on one thread: on a busy machine the others would only be waited for."""
     monkeypatch.setattr(bench_million, "ROUNDS", 2)
     monkeypatch.setattr(bench_million, "LEAST_S", 1e-3)
-    monkeypatch.setattr(bench_million, "COPY_BYTES", 2**20)
     monkeypatch.setattr(million_peers, "CHUNK", 768)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -98,7 +98,9 @@ def test_too_little_memory_is_said_before_any_work(monkeypatch: pytest.MonkeyPat
         run(Options((), "cpu", True, lambda line: None))
 
 
-def test_the_run_has_rows_tables_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_has_rows_tables_a_figure_and_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roof: Roof
+) -> None:
     monkeypatch.setattr(bench_million, "sizes_of", lambda device, quick: replace(SIZES, experts=(1, 2)))
     monkeypatch.setattr(bench_million, "compiled_kernels", lambda: (Table("compiler"), []))
     monkeypatch.setattr(bench_million, "SAMPLED_TOLERANCE", 1.0)
@@ -115,6 +117,13 @@ def test_the_run_has_rows_tables_and_a_figure(tmp_path: Path, monkeypatch: pytes
     (even, halves) = [row for row in found.rows if row["case"] == "experts"]
     assert even["active_flops_ratio"] == even["speedup"]["median"] == 1  # type: ignore[index]
     assert 1.5 < halves["active_flops_ratio"] < 2  # type: ignore[operator]
+    assert [(point.side, point.group) for point in found.points[-6:]] == [
+        *[("exact", "exact steps against n")] * 4, *[("exact", "exact steps against E")] * 2
+    ]  # fmt: skip
+    drawn = [row for row in found.rows if row["case"] in ("step", "curve", "experts")]
+    assert [row["of_the_roof"] for row in drawn] == [point.of(roof) for point in found.points]
+    peers = [point for point in found.points if point.side.startswith("torch")]
+    assert {point.flops for point in peers} == {found.points[0].flops}
     assert len(found.tables) == 7
     assert all(table.text() for table in found.tables)
     assert len(said) == 6 + 1 + 1 + 2

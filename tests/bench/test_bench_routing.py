@@ -10,6 +10,7 @@ from torch import Tensor
 from moesaic.bench import bench_routing, routing_limit
 from moesaic.bench.bench_routing import Case, cases, composition, draw, measure, run
 from moesaic.bench.kernel_bench import Options, Table
+from moesaic.bench.roofline import Roof
 from moesaic.kernels import group_by_expert, route_topk
 
 SMALL = [Case(33, 8, 2), Case(33, 64, 4, width=8)]
@@ -28,13 +29,15 @@ def test_the_cases_are_those_of_the_report() -> None:
     assert {case.n_tokens for case in cases(quick=True)} == {512}
 
 
-def test_bytes_are_counted_once() -> None:
+def test_flops_and_bytes_are_counted_once() -> None:
     case = Case(10, 6, 2)
     assert case.least_bytes(backward=False) == 10 * 6 * 4 + 10 * 2 * 12
     assert case.least_bytes(backward=True) == 3 * 10 * 6 * 4 + 2 * 10 * 2 * 12
     projected = Case(10, 6, 2, width=5)
     assert projected.least_bytes(backward=False) == 4 * 5 * (10 + 6) + 10 * 2 * 12
     assert projected.name == "10, 6, 2, d = 5"
+    assert [one.flops(backward=False) for one in (case, projected)] == [0, 2 * 10 * 6 * 5]
+    assert [one.flops(backward=True) for one in (case, projected)] == [0, 2 * 10 * 6 * 5 + 4 * 10 * 2 * 5]
 
 
 def test_the_composition_is_routing_and_grouping() -> None:
@@ -51,13 +54,16 @@ def test_the_composition_is_routing_and_grouping() -> None:
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
-def test_both_sides_are_timed(case: Case, backward: bool) -> None:
+def test_both_sides_are_timed(case: Case, backward: bool, roof: Roof) -> None:
     found = measure(case, options(quick=False), backward=backward)
     assert set(found.timings) == {"moesaic", "torch"}
-    row = found.row(1e9)
-    assert row["sides"]["moesaic"]["bytes_per_s"] > 0  # type: ignore[index]
+    row = found.row(roof)
+    side = row["sides"]["moesaic"]  # type: ignore[index]
+    assert side["bytes_per_s"] > 0
+    least = max(case.flops(backward=backward) / 1e11, case.least_bytes(backward=backward) / 1e10)
+    assert side["of_the_roof"] == pytest.approx(1e3 * least / side["ms"])
     assert row["ratio"]["median"] > 0  # type: ignore[index]
-    assert len(found.lines(1e9)) == 2
+    assert len(found.lines(roof)) == 2
 
 
 def test_a_side_that_disagrees_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +80,6 @@ def test_a_side_that_disagrees_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_run_has_rows_tables_memory_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_routing, "cases", lambda quick: SMALL)
-    monkeypatch.setattr(bench_routing, "COPY_BYTES", 2**20)
     monkeypatch.setattr(bench_routing, "routing_limits", lambda: (Table("compiler"), []))
     said: list[str] = []
     found = run(Options(("torch",), "cpu", True, said.append))
@@ -83,6 +88,9 @@ def test_the_run_has_rows_tables_memory_and_a_figure(tmp_path: Path, monkeypatch
     text = found.tables[0].text()
     assert "33, 64, 4, d = 8, forward: torch not run: left out by --quick" in text
     assert len(said) == 2 * 2 + 2 * 2
+    assert [(point.label, point.side, point.flops > 0) for point in found.points[::2]] == [
+        ("33, 8, 2", "moesaic", False), ("33, 8, 2", "moesaic", False), ("33, 64, 4, d = 8", "moesaic", True)
+    ]  # fmt: skip
     assert [path.name for path in draw([*map(_measured, SMALL)], tmp_path)] == ["routing.png", "routing.svg"]
     assert (tmp_path / "routing.png").stat().st_size > 10_000
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from moesaic.bench import kernel_bench
 from moesaic.bench.interleave import Timing, clock, equal_threads, interleave, ratio, with_threads
 from moesaic.bench.kernel_bench import Benchmark, Findings, Options, Table, run_bench
 from moesaic.bench.plan import InputError
+from moesaic.bench.roofline import Roof, RoofPoint
 
 
 def contender(calls: list[tuple[str, int]], name: str, seconds: float) -> Callable[[int], float]:
@@ -138,7 +140,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
 
 
 def test_a_benchmark_writes_json_markdown_and_its_figure(
-    asked: list[Options], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    asked: list[Options], tmp_path: Path, capfd: pytest.CaptureFixture[str], roofs_asked: list[str]
 ) -> None:
     out = tmp_path / "new" / "folder"
     result = run_bench("fake", out, device="cpu", quick=True, argv=["bench", "fake"])
@@ -147,6 +149,7 @@ def test_a_benchmark_writes_json_markdown_and_its_figure(
     record: dict[str, Any] = json.loads((out / "bench-fake.json").read_text())
     assert record["rows"] == [{"ms": 1.5, "nothing": None}]
     assert (record["more"], record["failures"], record["figures"]) == (7, [], ["figures/fake.png"])
+    assert (record["roof"], roofs_asked) == (None, [])
     assert record["options"]["threads"] == record["environment"]["torch_threads"] >= 1
     assert record["environment"]["command"] == "moesaic bench fake"
     assert record["environment"]["ended"] >= record["environment"]["started"]
@@ -163,16 +166,35 @@ def test_a_benchmark_writes_json_markdown_and_its_figure(
     assert "**FAILED**: a disagrees" in (out / "bench-fake.md").read_text()
 
 
+def test_points_are_drawn_under_a_roof_that_is_asked_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roofs_asked: list[str], roof: Roof
+) -> None:
+    def run(options: Options) -> Findings:
+        point = RoofPoint("512, 8", "moesaic", "forward", 1e6, 1e6, 1e-3)
+        row: dict[str, object] = {"of_the_roof": point.of(options.roof)}
+        return Findings([row], [Table("found")], lambda folder: [], points=[point], points_key="T, E")
+
+    monkeypatch.setitem(kernel_bench.BENCHES, "fake", Benchmark("a fake", {}, (), run))
+    record = run_bench("fake", tmp_path, device="cpu").record
+    assert roofs_asked == ["cpu"]
+    assert (record["roof"], record["rows"]) == (asdict(roof), [{"of_the_roof": pytest.approx(0.1)}])
+    assert record["figures"] == ["figures/bench-fake-roofline.png", "figures/bench-fake-roofline.svg"]
+    assert "![bench-fake-roofline](figures/bench-fake-roofline.png)" in (tmp_path / "bench-fake.md").read_text()
+    assert "numbers: T, E" in (tmp_path / "figures" / "bench-fake-roofline.svg").read_text()
+
+
 def test_wrong_names_peers_devices_and_folders_are_refused_before_any_work(
     asked: list[Options], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, file = tmp_path / "out", tmp_path / "file"
     file.touch()
-    there = "ensemble, routing, grouped-matmul, layer, million, fake"
+    there = "ensemble, routing, grouped-matmul, layer, million, roofline, fake"
     with pytest.raises(InputError, match=rf"did you mean 'fake'.*there are: {there}"):
         run_bench("fakes", out)
     with pytest.raises(InputError, match=r"--against 'c': no such peer; bench fake has a \(one\); b \(two\)"):
         run_bench("fake", out, against=["a", "c"])
+    with pytest.raises(InputError, match=r"--against 'torch': bench roofline has no peers, it measures the device"):
+        run_bench("roofline", out, against=["torch"])
     with pytest.raises(InputError, match="--device 'gpu'"):
         run_bench("fake", out, device="gpu")
     monkeypatch.setattr("moesaic.bench.environment.missing_extras", lambda: {"bench": ["numba"]})
