@@ -188,7 +188,7 @@ def test_wrong_names_peers_devices_and_folders_are_refused_before_any_work(
 ) -> None:
     out, file = tmp_path / "out", tmp_path / "file"
     file.touch()
-    there = "ensemble, routing, grouped-matmul, layer, million, roofline, fake"
+    there = "ensemble, routing, grouped-matmul, layer, million, energy, roofline, fake"
     with pytest.raises(InputError, match=rf"did you mean 'fake'.*there are: {there}"):
         run_bench("fakes", out)
     with pytest.raises(InputError, match=r"--against 'c': no such peer; bench fake has a \(one\); b \(two\)"):
