@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ import torch
 from moesaic.bench.efficiency import YARDSTICK_WORDS, Cost, Gap, efficiency_gap, gap, gap_words, spread, three
 from moesaic.bench.energy_cases import LAYERS, QUICK_LAYERS, TOYS, ToyCase, Work, layer_works, step_works
 from moesaic.bench.energy_training import FULL, QUICK, EqualLoss, to_equal_loss, training_works
+from moesaic.bench.energy_windows import FULL as FULL_WINDOWS
+from moesaic.bench.energy_windows import QUICK as QUICK_WINDOWS
+from moesaic.bench.energy_windows import long_enough, steps_per_call
 from moesaic.bench.interleave import Timing, clock, interleave
 from moesaic.bench.kernel_bench import Findings, Options, Table
 from moesaic.bench.plan import PlannedRun, Row
@@ -26,8 +29,6 @@ from moesaic.bench.words import si
 
 ROUNDS, LEAST_S = 7, 0.2
 QUICK_ROUNDS, QUICK_LEAST_S = 3, 0.05
-WINDOWS: dict[str, Any] = {"duration_s": 5.0, "trials": 5, "cooldown_s": 5.0, "warmup_s": 2.0, "idle_s": 10.0}
-QUICK_WINDOWS: dict[str, Any] = {"duration_s": 2.0, "trials": 3, "cooldown_s": 1.0, "warmup_s": 1.0, "idle_s": 10.0}
 
 HEADER = ("what", "matched by", "ms", "FLOPs", "bytes", "GFLOP/s", "J", "CV", "W", "idle W", "GFLOP/J")
 NOTES = (
@@ -44,18 +45,22 @@ RATIOS = ("matched by", "sparse / dense", "FLOPs", "bytes", "time", "joules")
 
 @dataclass(frozen=True)
 class Measured:
-    """A workload, its timing per call, and what its meter said (an `EnergyResult`), None where there is none."""
+    """A workload, its timing per call, and what its meter said (an `EnergyResult`), None where there is none.
+
+    ``metered_units``: units of a metered call, which are fewer where a whole training is long for a window.
+    """
 
     work: Work
     timing: Timing
     energy: Any
+    metered_units: float
 
     @property
     def joules(self) -> tuple[float, ...]:
         """Joules per unit by trial; empty where not measured or not valid."""
         if self.energy is None or not self.energy.valid:
             return ()
-        return tuple(value / self.work.units for value in self.energy.trial_joules)
+        return tuple(value / self.metered_units for value in self.energy.trial_joules)
 
     @property
     def cost(self) -> Cost:
@@ -72,12 +77,13 @@ class Measured:
         return {
             "subject": work.subject, "case": work.case, "name": work.name, "matched_by": work.matched_by,
             "dtype": work.dtype, "unit": work.unit, "units_per_call": work.units,
+            "units_per_metered_call": self.metered_units,
             "seconds": seconds, "seconds_rounds": list(cost.seconds), "flops": work.flops, "bytes": work.bytes,
             "useful_flops_per_s": None if work.flops is None else work.flops / seconds,
             **dict.fromkeys(names.values()), names[work.unit]: joules,
             "useful_flops_per_j": None if joules is None or work.flops is None else work.flops / joules,
             "power_w": energy and energy.power_w,
-            "idle_w": None if energy is None else (energy.idle_before_w + energy.idle_after_w) / 2,
+            "idle_w": energy and energy.idle_w,
             "cv": energy and energy.cv, "valid": bool(energy and energy.valid), "not_measured": reason,
             "energy": None if energy is None else dataclasses.asdict(energy),
         }  # fmt: skip
@@ -116,9 +122,21 @@ def measure(works: Sequence[Work], options: Options, meter: Any) -> list[Measure
     if meter is not None:
         from moesaic.metrics.energy import compare_energy
 
-        windows = QUICK_WINDOWS if options.quick else WINDOWS
-        results = compare_energy({work.name: work.call for work in works}, meter=meter, **windows)
-    return [Measured(work, timings[work.name], results.get(work.name)) for work in works]
+        windows = QUICK_WINDOWS if options.quick else FULL_WINDOWS
+        metered = {work.name: _cut(work, timings[work.name].high, windows) for work in works}
+        longest = max((timings[work.name].high for work in works if work.train is None), default=0.0)
+        calls = {name: work.call for name, work in metered.items()}
+        results = compare_energy(calls, meter=meter, **long_enough(windows, longest))
+        return [Measured(work, timings[work.name], results[work.name], metered[work.name].units) for work in works]
+    return [Measured(work, timings[work.name], None, work.units) for work in works]
+
+
+def _cut(work: Work, seconds: float, windows: Mapping[str, Any]) -> Work:
+    """Return the workload, a whole training cut to as many steps as a window has room for."""
+    if work.train is None:
+        return work
+    steps = steps_per_call(work.steps, seconds, windows)
+    return replace(work, call=partial(work.train, steps), units=work.units * steps / work.steps)
 
 
 def _repeat(work: Work, count: int) -> None:

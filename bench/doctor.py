@@ -152,5 +152,7 @@ def energy_meters() -> list[Meter]:
         except RuntimeError as error:
             meters.append(Meter(f"{kind.scope}_j", None, str(error)))
         else:
-            meters.append(Meter(f"{kind.scope}_j", kind.__name__, "readable here; sweeps do not read it yet"))
+            meters.append(
+                Meter(f"{kind.scope}_j", kind.__name__, "readable here; sweep --energy and bench energy read it")
+            )
     return meters

@@ -37,7 +37,10 @@ AGREEMENT = {"float32": 1e-4, "bfloat16": 4e-2}
 
 @dataclass(frozen=True)
 class Work:
-    """A workload: ``call`` does ``units`` units (tokens, model-steps, trainings) of ``flops`` and ``bytes`` each."""
+    """A workload: ``call`` does ``units`` units (tokens, model-steps, trainings) of ``flops`` and ``bytes`` each.
+
+    Of whole trainings of so many ``steps``, ``train`` does fewer.
+    """
 
     subject: str
     case: str
@@ -49,6 +52,8 @@ class Work:
     flops: float | None
     bytes: float | None
     dtype: str = "float32"
+    train: Callable[[int], object] | None = None
+    steps: int = 0
 
     @property
     def is_sparse(self) -> bool:

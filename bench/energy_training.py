@@ -133,10 +133,14 @@ def _loss(row: Row) -> float:
     return float(value) if isinstance(value, float | int) else float("inf")
 
 
-def training_works(case: ToyCase, found: EqualLoss, budget: Budget, device: str) -> list[Work]:
-    """The trainings that reach the target, to be measured: each a stack of all seeds."""
+def _train_for(runs: Sequence[Run], device: str, steps: int) -> object:
     from moesaic.moe import train_runs
 
+    return train_runs([replace(run, training=replace(run.training, steps=steps)) for run in runs], device=device)
+
+
+def training_works(case: ToyCase, found: EqualLoss, budget: Budget, device: str) -> list[Work]:
+    """The trainings that reach the target, to be measured: each a stack of all seeds."""
     works = []
     for toy, attempt in found.reached.items():
         if attempt is None or (toy != case.toy and not found.matched_by[toy]):
@@ -152,9 +156,11 @@ def training_works(case: ToyCase, found: EqualLoss, budget: Budget, device: str)
                 found.matched_by[toy],
                 "training",
                 len(runs),
-                partial(train_runs, runs, device=device),
+                partial(_train_for, runs, device, attempt.steps),
                 (counted.active.total or 0) * samples,
                 (counted.bytes.total if counted.bytes else 0) * samples,
+                train=partial(_train_for, runs, device),
+                steps=attempt.steps,
             )
         )
     return works

@@ -1,8 +1,9 @@
 """Seconds and joules of a sweep's trainings, measured after it: each cell's runs are trained again, all in turn.
 
 A cell is an architecture on a data set. Its seeds train as one stack, as they did in the sweep, again and again:
-first by the clock, in interleaved rounds, then, where a meter is, in windows of equal duration (see
-`moesaic.metrics.compare_energy`). Joules and seconds of a run are those of its stack over the number of its models.
+first whole by the clock, in interleaved rounds; then, where a meter is, in windows of equal duration (see
+`moesaic.metrics.compare_energy`), a training cut into shorter ones where it is long for a window. Joules and seconds
+of a run are those of its stack over the number of its models.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ from functools import partial
 from typing import Any
 
 from moesaic.bench import environment
+from moesaic.bench.energy_windows import QUICK, SHORT, steps_per_call
 from moesaic.bench.interleave import clock, equal_threads, interleave
 from moesaic.bench.plan import InputError, PlannedRun, Preset, Row, is_large
 from moesaic.bench.store import ENERGY_FILE, RunStore, jsonable, replace_file
 
 ROUNDS, QUICK_ROUNDS, LEAST_S = 5, 3, 0.05
-WINDOWS: dict[str, Any] = {"duration_s": 2.0, "trials": 5, "cooldown_s": 1.0, "warmup_s": 1.0, "idle_s": 10.0}
-QUICK_WINDOWS = {**WINDOWS, "trials": 3}
 MOST_CELLS = 200
 
 
@@ -38,6 +38,11 @@ class Stack:
     def name(self) -> str:
         """Architecture and data set."""
         return f"{self.architecture} on {self.dataset}"
+
+    @property
+    def steps(self) -> int:
+        """Of each training."""
+        return int(str(self.rows[0]["steps"]))
 
 
 def check_cells(preset: Preset, quick: bool, seeds: int | None) -> None:
@@ -84,7 +89,8 @@ def measure_sweep(
     held = store.energy()
     if held is not None and _covers(held, found, device):
         return
-    works = {one.name: _training(one, device, impl) for one in found}
+    works = {one.name: _training(one, device, impl, one.steps) for one in found}
+    steps: dict[str, int] = {}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     say(f"measuring the time of {len(found)} trainings, in turn")
     with equal_threads() as threads:
@@ -103,11 +109,14 @@ def measure_sweep(
             try:
                 from moesaic.metrics.energy import compare_energy
 
-                results = compare_energy(works, meter=source, **(QUICK_WINDOWS if quick else WINDOWS))
-            except RuntimeError as error:
+                windows = QUICK if quick else SHORT
+                steps = {one.name: steps_per_call(one.steps, timings[one.name].high, windows) for one in found}
+                parts = {one.name: _training(one, device, impl, steps[one.name]) for one in found}
+                results = compare_energy(parts, meter=source, **windows)
+            except (RuntimeError, ValueError) as error:
                 reason = str(error)
                 say(f"joules not measured, so null: {reason}")
-    cells = [_cell(one, timings[one.name], results.get(one.name)) for one in found]
+    cells = [_cell(one, timings[one.name], results.get(one.name), steps.get(one.name)) for one in found]
     record = {
         "device": device, "impl": impl, "quick": quick, "threads": threads, "load_average": load,
         "measured": environment.now(), "meter": None if isinstance(source, str) else source.scope, "reason": reason,
@@ -117,14 +126,15 @@ def measure_sweep(
     replace_file(store.folder / ENERGY_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _training(stack: Stack, device: str, impl: str) -> Callable[[], object]:
-    """Trains the whole stack once."""
+def _training(stack: Stack, device: str, impl: str, steps: int) -> Callable[[], object]:
+    """Trains the stack anew for so many steps."""
     from moesaic.moe import train_runs
     from moesaic.moe.config import Run
 
     names = list(Run().flat())
     runs = [Run.from_flat({name: row[name] for name in names}) for row in stack.rows]
-    return lambda: train_runs(runs, device=device, impl=impl)
+    cut = [dataclasses.replace(run, training=dataclasses.replace(run.training, steps=steps)) for run in runs]
+    return partial(train_runs, cut, device=device, impl=impl)
 
 
 def _repeat(work: Callable[[], object], count: int) -> None:
@@ -132,13 +142,14 @@ def _repeat(work: Callable[[], object], count: int) -> None:
         work()
 
 
-def _cell(stack: Stack, timing: Any, result: Any) -> Row:
-    models = len(stack.rows)
+def _cell(stack: Stack, timing: Any, result: Any, steps: int | None) -> Row:
+    models, times = len(stack.rows), stack.steps / (steps or stack.steps)
     energy = None if result is None else dataclasses.asdict(result)
-    joules = [] if result is None else [one / models for one in result.trial_joules]
+    joules = [] if result is None else [times * one / models for one in result.trial_joules]
     return {
         "dataset": stack.dataset, "architecture": stack.architecture, "models": models,
-        "run_keys": [row["run_key"] for row in stack.rows], "steps": stack.rows[0].get("steps"),
+        "run_keys": [row["run_key"] for row in stack.rows], "steps": stack.steps,
+        "steps_per_metered_call": steps,
         "seconds_per_run": [one / models for one in timing.seconds], "joules_per_run": joules,
         "valid": bool(result is not None and result.valid), "energy_of_the_stack": energy,
     }  # fmt: skip

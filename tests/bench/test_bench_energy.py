@@ -27,8 +27,9 @@ from moesaic.bench.energy_cases import (
     layer_works,
 )
 from moesaic.bench.energy_training import EQUAL_LOSS, Budget, to_equal_loss, training_works
+from moesaic.bench.energy_windows import long_enough, steps_per_call
 from moesaic.bench.interleave import Timing
-from moesaic.bench.kernel_bench import run_bench
+from moesaic.bench.kernel_bench import Options, run_bench
 from moesaic.bench.plan import PlannedRun, Row
 from moesaic.metrics import count_flops, energy
 from moesaic.metrics.energy import EnergyResult
@@ -146,14 +147,14 @@ def work(name: str, kind: str, flops: float) -> Work:
 
 def metered(joules: float, *, valid: bool = True) -> EnergyResult:
     return EnergyResult(
-        joules=joules, trial_joules=(joules, joules), cv=0.01, power_w=300.0, idle_before_w=60.0, idle_after_w=80.0,
+        joules=joules, trial_joules=(joules, joules), cv=0.01, power_w=300.0, idle_w=70.0,
         valid=valid, scope="gpu_board",
     )  # fmt: skip
 
 
 def test_rows_hold_joules_per_unit_and_null_where_not_valid() -> None:
     timing = Timing(1, (1.0, 2.0, 3.0))
-    row = Measured(work("MoE", "", 20.0), timing, metered(5.0)).row(None)
+    row = Measured(work("MoE", "", 20.0), timing, metered(5.0), 10.0).row(None)
     assert (row["j_per_token"], row["j_per_step"], row["j_to_target_loss"]) == (0.5, None, None)
     assert (row["seconds"], row["flops"], row["useful_flops_per_s"], row["useful_flops_per_j"]) == (
         0.2,
@@ -162,18 +163,51 @@ def test_rows_hold_joules_per_unit_and_null_where_not_valid() -> None:
         40.0,
     )
     assert (row["power_w"], row["idle_w"], row["valid"]) == (300.0, 70.0, True)
-    spread = Measured(work("MoE", "", 20.0), timing, metered(5.0, valid=False)).row(None)
+    spread = Measured(work("MoE", "", 20.0), timing, metered(5.0, valid=False), 10.0).row(None)
     assert (spread["j_per_token"], spread["useful_flops_per_j"], spread["valid"]) == (None, None, False)
-    none = Measured(work("MoE", "", 20.0), timing, None).row("no meter")
+    none = Measured(work("MoE", "", 20.0), timing, None, 10.0).row("no meter")
     assert (none["j_per_token"], none["power_w"], none["not_measured"]) == (None, None, "no meter")
     json.dumps(row)
+
+
+def test_a_training_too_long_for_a_window_is_metered_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: dict[str, list[int]] = {"long": [], "short": []}
+
+    def side(name: str, seconds: float) -> Work:
+        return Work(
+            "toy model, training to equal loss", "case", name, "" if name == "long" else EQUAL_LOSS, "training", 3.0,
+            lambda: called[name].append(400), 1.0, 1.0, train=called[name].append, steps=400,
+        )  # fmt: skip
+
+    def compare(works: Mapping[str, Any], *, meter: object, duration_s: float, **_: float) -> dict[str, EnergyResult]:
+        assert duration_s == 2.0
+        for one in works.values():
+            one()
+        return {name: metered(6.0) for name in works}
+
+    timings = {"long": Timing(1, (4.0, 4.0)), "short": Timing(1, (0.04, 0.04))}
+    monkeypatch.setattr(bench_energy, "interleave", lambda *_, **__: timings)
+    monkeypatch.setattr(energy, "compare_energy", compare)
+    options = Options((), "cpu", True, print)
+    long, short = bench_energy.measure([side("long", 4.0), side("short", 0.04)], options, SimpleNamespace())
+    assert called == {"long": [5], "short": [400]}
+    assert long.joules == pytest.approx((6.0 / 3 * 400 / 5,) * 2)
+    assert short.joules == pytest.approx((6.0 / 3,) * 2)
+    assert long.row(None)["seconds"] == 4.0 / 3
+
+
+def test_windows_grow_with_a_layer_that_takes_long() -> None:
+    windows = {"duration_s": 2.0, "trials": 3}
+    assert long_enough(windows, 0.01) == windows
+    assert long_enough(windows, 0.5) == {"duration_s": 20.0, "trials": 3}
+    assert steps_per_call(400, 1e6, windows) == 1
 
 
 def test_a_dense_side_matched_in_two_ways_is_compared_twice() -> None:
     timing = Timing(1, (1.0, 2.0, 3.0))
     found = [
-        Measured(work("MoE", "", 20.0), timing, metered(5.0)),
-        Measured(work("dense", f"{EQUAL_WIDTH}; {EQUAL_PARAMETERS}", 80.0), timing, metered(15.0)),
+        Measured(work("MoE", "", 20.0), timing, metered(5.0), 10.0),
+        Measured(work("dense", f"{EQUAL_WIDTH}; {EQUAL_PARAMETERS}", 80.0), timing, metered(15.0), 10.0),
     ]
     compared = gaps(found)
     assert [one.matched_by for one in compared] == [EQUAL_WIDTH, EQUAL_PARAMETERS]

@@ -41,6 +41,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def one_training_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_energy, "LEAST_S", 0.0)
+    monkeypatch.setattr(sweep_energy, "steps_per_call", lambda steps, seconds, windows: steps)
 
 
 @pytest.fixture
@@ -99,6 +100,16 @@ def test_joules_of_a_stack_are_shared_by_its_models(folder: Path, monkeypatch: p
     assert {row["cpu_package_j"] for row in rows if row["n_hidden"] == 10} == {5.0}
     assert {row["cpu_package_j"] for row in rows if row["n_hidden"] != 10} == {2.0}
     assert {row["gpu_board_j"] for row in rows} == {None}
+
+
+def test_a_training_too_long_for_a_window_is_metered_in_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_energy, "steps_per_call", lambda steps, seconds, windows: steps // 4)
+    monkeypatch.setattr(energy, "compare_energy", metered(lambda _: result(4.0)))
+    store = measure(folder, meter=METER)
+    assert {row["cpu_package_j"] for row in store.rows()} == {8.0}
+    record = store.energy()
+    assert record is not None
+    assert {cell["steps_per_metered_call"] for cell in record["cells"]} == {5}
 
 
 def test_trials_that_spread_leave_null(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
