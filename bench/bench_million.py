@@ -266,15 +266,8 @@ def run(options: Options) -> Findings:
     where, parts = breakdown(sizes, device, bandwidth, rounds=ROUNDS, least_s=LEAST_S)
     options.say(where.text())
     rows += parts
-    curve = [
-        pair(
-            [Model(n, sizes.n_hidden), Model(n, sizes.n_hidden // sizes.moe, sizes.moe)],
-            sizes,
-            device,
-            "n",
-        )
-        for n in sizes.curve
-    ]
+    pairs = [[Model(n, sizes.n_hidden), Model(n, sizes.n_hidden // sizes.moe, sizes.moe)] for n in sizes.curve]
+    curve = [pair(models, sizes, device, "n") for models in pairs]
     fits = {
         curve[0][side].model.name: exponent([(p[side].model.n_features, p[side].timing.median) for p in curve])
         for side in (0, 1)

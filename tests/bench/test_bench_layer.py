@@ -401,6 +401,7 @@ def test_a_run_has_rows_a_table_a_figure_and_points(tmp_path: Path, roof: Roof) 
     assert [path.name for path in paths] == ["bench-layer.png", "bench-layer.svg"]
     assert all(path.stat().st_size > 10_000 for path in paths)
     assert draw([], "layer", tmp_path) == []
+    assert [point.dtype for point in found.points][::6] == ["float32", "float32", "bfloat16"]
     assert [point.of(roof) for point in found.points] == [
         side["of_the_roof"]
         for row in found.rows
