@@ -163,7 +163,8 @@ def count_flops(
       No cache is assumed between ops, and no optimiser's step is in it.
     - Where ids are fake, or nobody has them (`train_ensemble`), padding and touched experts are the most that they can
       be, with one row in each of min(E, rows) experts but one, and ``bound`` is True. Fake tensors on "cuda" count as a
-      GPU's; a PyTorch without CUDA can count them under ``torch.no_grad()`` only. All others count as a CPU's.
+      GPU's; a PyTorch without CUDA can count them under ``torch.no_grad()`` only, and has few ops for them. All others
+      count as a CPU's, or, with ``MOESAIC_BACKEND=triton`` and ``TRITON_INTERPRET=1``, as a GPU's, gradients too.
     - Not seen: Triton kernels that are launched by hand, code inside other custom ops, ops inside ``torch.compile``.
 
     Args:
