@@ -243,8 +243,9 @@ class ZeusMeter(EnergyMeter):
     """Board energy through Zeus (ml.energy/zeus, the extra ``zeus``): AMD boards of ROCm, and whatever else it knows.
 
     Zeus numbers the boards that CUDA_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES leave, as torch does; another count than
-    torch's is refused, as no number would be sure. An even die of an MI250 counts both dies. Raises RuntimeError with
-    the reason where there is no such counter.
+    torch's is refused, as no number would be sure. Unlike NVIDIA boards may still come in another order: take
+    `NvmlMeter`, which goes by UUID. An even die of an MI250 counts both dies. Raises RuntimeError with the reason where
+    there is no such counter.
     """
 
     scope = "gpu_board"
