@@ -119,13 +119,15 @@ def _reproduction(folder: Path) -> dict[str, Any] | None:
 def _own_figures(folder: Path, record: Mapping[str, Any] | None) -> list[Drawn]:
     """The SVG figures that a reproduction drew, as far as they are still there."""
     from moesaic.bench.figures import Drawn
-    from moesaic.bench.reproduce.phase_figures import WORDS
+    from moesaic.bench.reproduce import geometry_figures, phase_figures
+
+    words = phase_figures.WORDS | geometry_figures.WORDS
 
     paths = [folder / name for name in (record["figures"] if record else ()) if name.endswith(".svg")]
     drawn = []
     for path in paths:
         if path.is_file():
-            title, caption = WORDS.get(path.stem, (path.stem.replace("-", " ").capitalize(), path.name))
+            title, caption = words.get(path.stem, (path.stem.replace("-", " ").capitalize(), path.name))
             drawn.append(Drawn(path.stem, title, caption, path.read_text(encoding="utf-8")))
     return drawn
 

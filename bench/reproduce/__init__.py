@@ -9,14 +9,14 @@ from pathlib import Path
 
 from moesaic.bench import environment
 from moesaic.bench.plan import InputError, PlannedRun, Preset, Row
-from moesaic.bench.reproduce import closed_form, features_per_dimension, phase, specialization
+from moesaic.bench.reproduce import closed_form, features_per_dimension, geometry, phase, specialization
 from moesaic.bench.reproduce.result import Check, Reproduction, format_table, load_targets
 from moesaic.bench.store import jsonable, replace_file
 from moesaic.bench.sweep import run_sweep, trainer_with
 
 REPRODUCTIONS: dict[str, Reproduction] = {
     module.REPRODUCTION.name: module.REPRODUCTION
-    for module in (closed_form, features_per_dimension, specialization, phase)
+    for module in (closed_form, features_per_dimension, specialization, phase, geometry)
 }
 
 
