@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moesaic.bench.plan import Row
 from moesaic.bench.palette import GRID
+from moesaic.bench.plan import Row
 from moesaic.bench.plot_style import DENSE, FOURTH, INK, MOE, MUTED, PALE_MOE, THIRD, panels, save, style
 from moesaic.bench.reproduce.geometry import (
     curve,
