@@ -25,7 +25,9 @@ from moesaic.bench.energy_windows import long_enough, steps_per_call
 from moesaic.bench.interleave import Timing, clock, interleave
 from moesaic.bench.kernel_bench import Findings, Options, Table
 from moesaic.bench.plan import PlannedRun, Row
+from moesaic.bench.roofline import Roof, RoofPoint
 from moesaic.bench.words import si
+from moesaic.metrics.energy import EnergyMeter
 
 ROUNDS, LEAST_S = 7, 0.2
 QUICK_ROUNDS, QUICK_LEAST_S = 3, 0.05
@@ -47,13 +49,15 @@ RATIOS = ("matched by", "sparse / dense", "FLOPs", "bytes", "time", "joules")
 class Measured:
     """A workload, its timing per call, and what its meter said (an `EnergyResult`), None where there is none.
 
-    ``metered_units``: units of a metered call, which are fewer where a whole training is long for a window.
+    ``metered_units``: units of a metered call, which are fewer where a whole training is long for a window;
+    ``reason``: why joules are missing.
     """
 
     work: Work
     timing: Timing
     energy: Any
     metered_units: float
+    reason: str | None = None
 
     @property
     def joules(self) -> tuple[float, ...]:
@@ -68,7 +72,7 @@ class Measured:
         seconds = tuple(value / self.work.units for value in self.timing.seconds)
         return Cost(self.work.flops, self.work.bytes, seconds, self.joules)
 
-    def row(self, reason: str | None) -> Row:
+    def row(self) -> Row:
         """The workload as JSON values; joules in the column of the unit."""
         work, cost, energy = self.work, self.cost, self.energy
         joules = cost.median("joules")
@@ -84,13 +88,21 @@ class Measured:
             "useful_flops_per_j": None if joules is None or work.flops is None else work.flops / joules,
             "power_w": energy and energy.power_w,
             "idle_w": energy and energy.idle_w,
-            "cv": energy and energy.cv, "valid": bool(energy and energy.valid), "not_measured": reason,
+            "cv": energy and energy.cv, "valid": bool(energy and energy.valid), "not_measured": self.reason,
             "energy": None if energy is None else dataclasses.asdict(energy),
         }  # fmt: skip
 
+    def points(self) -> list[RoofPoint]:
+        """The workload under the roof, where it is known what has to move."""
+        work = self.work
+        if work.flops is None or work.least_bytes is None:
+            return []
+        seconds = self.timing.median / work.units
+        return [RoofPoint(work.case, work.name, work.subject, work.flops, work.least_bytes, seconds, work.dtype)]
+
     def line(self) -> tuple[str, ...]:
         """The workload's line of the table."""
-        work, row = self.work, self.row(None)
+        work, row = self.work, self.row()
         per_ms = 1e3 / work.units
         timing = self.timing
         return (
@@ -109,26 +121,32 @@ def _ms(value: float) -> str:
     return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
-def measure(works: Sequence[Work], options: Options, meter: Any) -> list[Measured]:
-    """Time the workloads of a group in turn and, with a meter, measure their joules in turn.
+def measure(works: Sequence[Work], options: Options, meter: EnergyMeter | str) -> list[Measured]:
+    """Time the workloads of a group in turn and measure their joules in turn, or say why not.
 
-    Raises:
-        RuntimeError: the counter moved fewer than ten times in a window.
+    ``meter`` is the reason where there is none. So is the error of a counter that moved fewer than ten times in a
+    window, and of windows that differ.
     """
     contenders = {work.name: clock(partial(_repeat, work), options.device) for work in works}
     rounds, least_s = (QUICK_ROUNDS, QUICK_LEAST_S) if options.quick else (ROUNDS, LEAST_S)
     timings = interleave(contenders, rounds=rounds, least_s=least_s)
-    results: dict[str, Any] = {}
-    if meter is not None:
+    reason, results = meter if isinstance(meter, str) else None, dict[str, Any]()
+    metered = {work.name: work for work in works}
+    if not isinstance(meter, str):
         from moesaic.metrics.energy import compare_energy
 
         windows = QUICK_WINDOWS if options.quick else FULL_WINDOWS
         metered = {work.name: _cut(work, timings[work.name].high, windows) for work in works}
         longest = max((timings[work.name].high for work in works if work.train is None), default=0.0)
         calls = {name: work.call for name, work in metered.items()}
-        results = compare_energy(calls, meter=meter, **long_enough(windows, longest))
-        return [Measured(work, timings[work.name], results[work.name], metered[work.name].units) for work in works]
-    return [Measured(work, timings[work.name], None, work.units) for work in works]
+        try:
+            results = compare_energy(calls, meter=meter, **long_enough(windows, longest))
+        except (RuntimeError, ValueError) as error:
+            reason = str(error)
+    return [
+        Measured(work, timings[name], results.get(name), metered[name].units, reason)
+        for name, work in ((work.name, work) for work in works)
+    ]
 
 
 def _cut(work: Work, seconds: float, windows: Mapping[str, Any]) -> Work:
@@ -165,10 +183,10 @@ def run(options: Options) -> Findings:
     """Measure layers, steps and trainings, sparse against dense."""
     from moesaic.metrics.energy import find_meter
 
-    source = find_meter("auto", device=options.device)
-    reason, meter = (source, None) if isinstance(source, str) else (None, source)
-    what = f"joules not measured, so null: {reason}" if meter is None else f"joules of {meter.scope}"
+    meter = find_meter("auto", device=options.device)
+    what = f"joules not measured, so null: {meter}" if isinstance(meter, str) else f"joules of {meter.scope}"
     options.say(f"bench energy: {what}")
+    roof = options.roof
     found: list[Measured] = []
     not_run: list[str] = []
     layers = (QUICK_LAYERS if options.quick else LAYERS)[options.device]
@@ -186,7 +204,7 @@ def run(options: Options) -> Findings:
         equal[toy] = to_equal_loss(toy, budget, partial(_train, device=options.device))
         trainings = training_works(toy, equal[toy], budget, options.device)
         found += _told(measure(trainings, options, meter), options)
-    return _findings(found, equal, reason, not_run)
+    return _findings(found, equal, roof, not_run)
 
 
 def _train(group: Sequence[PlannedRun], device: str) -> list[Row]:
@@ -203,9 +221,10 @@ def _told(found: list[Measured], options: Options) -> list[Measured]:
 
 
 def _findings(
-    found: list[Measured], equal: Mapping[ToyCase, EqualLoss], reason: str | None, not_run: Sequence[str]
+    found: list[Measured], equal: Mapping[ToyCase, EqualLoss], roof: Roof, not_run: Sequence[str]
 ) -> Findings:
     compared = gaps(found)
+    reason = "; ".join(dict.fromkeys(one.reason for one in found if one.reason)) or None
     tables = []
     for subject, case in dict.fromkeys((one.work.subject, one.work.case) for one in found):
         members = [one for one in found if (one.work.subject, one.work.case) == (subject, case)]
@@ -226,12 +245,15 @@ def _findings(
         *not_run,
     ]
     tables.append(Table("Dense over sparse: cost of the dense side over the sparse one's", RATIOS, lines, words))
-    rows = [one.row(reason) for one in found] + [row for one in equal.items() for row in null_rows(*one)]
+    rows = [{**one.row(), "of_the_roof": next((point.of(roof) for point in one.points()), None)} for one in found]
+    rows += [row for one in equal.items() for row in null_rows(*one)]
     return Findings(
         rows,
         tables,
         partial(_draw, compared, reason),
         {"equal_loss": {toy.name: _record(one) for toy, one in equal.items()}, "not_measured": reason},
+        points=[point for one in found for point in one.points()],
+        points_key="T, d, n, E, k",
     )
 
 

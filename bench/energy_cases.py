@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesaic.bench import layer_cases
 from moesaic.bench.layer_cases import SHORT, n_turns
 from moesaic.metrics import count_flops
 from moesaic.metrics.flops import dense_width_at_equal_flops
@@ -39,7 +40,8 @@ AGREEMENT = {"float32": 1e-4, "bfloat16": 4e-2}
 class Work:
     """A workload: ``call`` does ``units`` units (tokens, model-steps, trainings) of ``flops`` and ``bytes`` each.
 
-    Of whole trainings of so many ``steps``, ``train`` does fewer.
+    ``least_bytes`` have to move whatever the implementation. Of whole trainings of so many ``steps``, ``train`` does
+    fewer.
     """
 
     subject: str
@@ -52,6 +54,7 @@ class Work:
     flops: float | None
     bytes: float | None
     dtype: str = "float32"
+    least_bytes: float | None = None
     train: Callable[[int], object] | None = None
     steps: int = 0
 
@@ -184,9 +187,20 @@ def layer_works(case: LayerCase, device: str) -> Iterator[list[Work]]:
                     useful,
                     moved,
                     case.dtype,
+                    _least_bytes(case, kind, name, backward),
                 )
             )
         yield works
+
+
+def _least_bytes(case: LayerCase, kind: str, name: str, backward: bool) -> float:
+    """Of a dense layer as of one expert that every token takes; per token."""
+    if kind in ("", MASKED):
+        sizes, router = (case.d_ff, case.n_experts, case.top_k), True
+    else:
+        sizes, router = (int(name.removeprefix("dense ").replace(",", "")), 1, 1), False
+    layer = layer_cases.Case(case.n_tokens, case.d_model, *sizes, case.dtype, router=router)
+    return layer.least_bytes(sizes[1], backward=backward) / case.n_tokens
 
 
 def _check(moe: MoE, masked: Masked, x: Tensor, case: LayerCase) -> None:

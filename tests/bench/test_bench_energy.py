@@ -36,6 +36,7 @@ from moesaic.metrics.energy import EnergyResult
 from moesaic.moe import MoE
 
 TOY = TOYS[1]
+METER: Any = SimpleNamespace(scope="gpu_board")
 CASE = LayerCase(64, 32, 48, 6, 2, "float32")
 
 
@@ -154,7 +155,7 @@ def metered(joules: float, *, valid: bool = True) -> EnergyResult:
 
 def test_rows_hold_joules_per_unit_and_null_where_not_valid() -> None:
     timing = Timing(1, (1.0, 2.0, 3.0))
-    row = Measured(work("MoE", "", 20.0), timing, metered(5.0), 10.0).row(None)
+    row = Measured(work("MoE", "", 20.0), timing, metered(5.0), 10.0).row()
     assert (row["j_per_token"], row["j_per_step"], row["j_to_target_loss"]) == (0.5, None, None)
     assert (row["seconds"], row["flops"], row["useful_flops_per_s"], row["useful_flops_per_j"]) == (
         0.2,
@@ -163,9 +164,9 @@ def test_rows_hold_joules_per_unit_and_null_where_not_valid() -> None:
         40.0,
     )
     assert (row["power_w"], row["idle_w"], row["valid"]) == (300.0, 70.0, True)
-    spread = Measured(work("MoE", "", 20.0), timing, metered(5.0, valid=False), 10.0).row(None)
+    spread = Measured(work("MoE", "", 20.0), timing, metered(5.0, valid=False), 10.0).row()
     assert (spread["j_per_token"], spread["useful_flops_per_j"], spread["valid"]) == (None, None, False)
-    none = Measured(work("MoE", "", 20.0), timing, None, 10.0).row("no meter")
+    none = Measured(work("MoE", "", 20.0), timing, None, 10.0, "no meter").row()
     assert (none["j_per_token"], none["power_w"], none["not_measured"]) == (None, None, "no meter")
     json.dumps(row)
 
@@ -189,11 +190,22 @@ def test_a_training_too_long_for_a_window_is_metered_in_parts(monkeypatch: pytes
     monkeypatch.setattr(bench_energy, "interleave", lambda *_, **__: timings)
     monkeypatch.setattr(energy, "compare_energy", compare)
     options = Options((), "cpu", True, print)
-    long, short = bench_energy.measure([side("long", 4.0), side("short", 0.04)], options, SimpleNamespace())
+    long, short = bench_energy.measure([side("long", 4.0), side("short", 0.04)], options, METER)
     assert called == {"long": [5], "short": [400]}
     assert long.joules == pytest.approx((6.0 / 3 * 400 / 5,) * 2)
     assert short.joules == pytest.approx((6.0 / 3,) * 2)
-    assert long.row(None)["seconds"] == 4.0 / 3
+    assert long.row()["seconds"] == 4.0 / 3
+
+
+def test_a_meter_that_refuses_is_a_reason_and_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise ValueError("windows differ")
+
+    monkeypatch.setattr(bench_energy, "interleave", lambda *_, **__: {"MoE": Timing(1, (1.0,))})
+    monkeypatch.setattr(energy, "compare_energy", refuses)
+    (one,) = bench_energy.measure([work("MoE", "", 20.0)], Options((), "cpu", True, print), METER)
+    assert one.row()["not_measured"] == "windows differ"
+    assert one.row()["j_per_token"] is None
 
 
 def test_windows_grow_with_a_layer_that_takes_long() -> None:
@@ -233,6 +245,8 @@ def test_the_command_writes_rows_tables_and_figure(tmp_path: Path, monkeypatch: 
     }  # fmt: skip
     assert {row["j_per_token"] for row in rows if row["unit"] == "token"} > {1 / 64, 2 / 64}
     assert result.record["not_measured"] is None
+    assert {row["unit"] for row in rows if row["of_the_roof"]} == {"token"}
+    assert (tmp_path / "figures" / "bench-energy-roofline.svg").exists()
     assert (tmp_path / "figures" / "bench-energy.png").stat().st_size > 10_000
     assert "| matched by | sparse / dense |" in (tmp_path / "bench-energy.md").read_text()
     assert "held-out unexplained variance" in result.text
