@@ -98,7 +98,9 @@ class Measured:
         if work.flops is None or work.least_bytes is None:
             return []
         seconds = self.timing.median / work.units
-        return [RoofPoint(work.case, work.name, work.subject, work.flops, work.least_bytes, seconds, work.dtype)]
+        # By what is equal, not by width, which is another one in every case.
+        side = f"dense of {work.matched_by.split('; ')[0]}" if work.matched_by.startswith("equal") else work.matched_by
+        return [RoofPoint(work.case, side or "MoE", work.subject, work.flops, work.least_bytes, seconds, work.dtype)]
 
     def line(self) -> tuple[str, ...]:
         """The workload's line of the table."""
