@@ -75,7 +75,7 @@ class Sweep:
 
     preset: Annotated[
         tyro.conf.Positional[str],
-        tyro.conf.arg(metavar="PRESET|SPEC.toml", help="Name of a preset, tradeoff, phase or million, or a file."),
+        tyro.conf.arg(metavar="PRESET|SPEC.toml", help="Preset: tradeoff, phase, million or middle-path; or a file."),
     ]
     out: Out
     device: Device = "auto"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moesaic.bench.middle_path import MIDDLE_PATH
 from moesaic.bench.million import MILLION
 from moesaic.bench.plan import InputError, Preset
 from moesaic.bench.reproduce.phase_plan import PHASE
 from moesaic.bench.spec import closest, load_spec
 from moesaic.bench.tradeoff import TRADEOFF
 
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in (TRADEOFF, PHASE, MILLION)}
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in (TRADEOFF, PHASE, MILLION, MIDDLE_PATH)}
 
 
 def find_preset(name: str) -> Preset:

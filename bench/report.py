@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesaic.bench import report_middle_path
 from moesaic.bench.analysis import LOSS, Cell, cells, comparisons
 from moesaic.bench.plan import InputError, Row
 from moesaic.bench.report_energy import energy_figures, energy_section
@@ -63,6 +64,7 @@ def write_report(run_dir: Path) -> Path:
     million = is_million(rows)
     found = [] if phase or million else cells(rows)
     compared = comparisons(found)
+    middle = report_middle_path.mixtures(found) if report_middle_path.is_middle_path(rows) else []
     preset = str(environment.get("preset") or "")
     reproduces = preset.startswith(_REPRODUCE) and not environment.get("spec")
     record = _reproduction(store.folder) if reproduces else None
@@ -72,6 +74,8 @@ def write_report(run_dir: Path) -> Path:
         drawn = _own_figures(store.folder, record)
     elif million:
         drawn = million_figures(rows, store.folder / "figures")
+    elif middle:
+        drawn = report_middle_path.figures(middle, store.folder / "figures")
     else:
         drawn = draw_figures(found, store.folder / "figures")
     measured = store.energy() if found else None
@@ -83,10 +87,17 @@ def write_report(run_dir: Path) -> Path:
     parts = [
         f'<h1>{escape(title)}</h1>\n<p class="soft">{escape(summary_line(rows, environment))}</p>',
         published_section(record) if record else _UNFINISHED if reproduces else "",
-        words_section(million_words(rows) if million else plain_words(found, compared)),
+        words_section(
+            million_words(rows)
+            if million
+            else report_middle_path.words(middle)
+            if middle
+            else plain_words(found, compared)
+        ),
         *first,
         energy_section(found, measured) if measured else "",
         comparison_section(compared),
+        report_middle_path.section(middle) if middle else "",
         *(part for part in shown if part not in first),
         rates_section(rows),
         panels_section(rows) if phase else million_section(rows) if million else results_section(found),
@@ -99,7 +110,7 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-_FIRST = ("tradeoff", "sweep", "cost", "efficiency_gap")
+_FIRST = ("tradeoff", "middle_path", "sweep", "cost", "efficiency_gap")
 _REPRODUCE = "reproduce "
 _UNFINISHED = "<p>The reproduction did not end, so there is no comparison with the published numbers yet.</p>"
 
@@ -142,6 +153,8 @@ def result_table(rows: Sequence[Row]) -> str:
     if is_million(rows):
         return million_table(rows)
     found = cells(rows)
+    if report_middle_path.is_middle_path(rows) and (middle := report_middle_path.mixtures(found)):
+        return "\n".join([*report_middle_path.lines(middle), report_middle_path.words(middle)])
     failed = sum(r.get("status") != "ok" for r in rows)
     if not found:
         return f"no finished runs, {failed} failed"

@@ -103,6 +103,7 @@ def planned(
     rates: Mapping[tuple[str, str], tuple[float, ...]],
     seeds: Iterable[int],
     stage: str,
+    data: Mapping[str, FeatureConfig] = DATASETS,
 ) -> list[PlannedRun]:
     """Every architecture on each of its data sets, at each rate of (data set, architecture) and each seed."""
     wanted = list(seeds)
@@ -114,8 +115,19 @@ def planned(
                 labels["comparison"] = item.comparison
             for lr in rates[dataset, item.label]:
                 config = replace(training, lr=lr)
-                plan += [PlannedRun(Run(item.toy, DATASETS[dataset], config, seed), labels) for seed in wanted]
+                plan += [PlannedRun(Run(item.toy, data[dataset], config, seed), labels) for seed in wanted]
     return plan
+
+
+def chosen_or_middle(
+    rows: list[Row], every: Iterable[tuple[str, str]], grid: tuple[float, ...]
+) -> dict[tuple[str, str], tuple[float]]:
+    """The best rate of each (data set, architecture); the middle one where every rate failed.
+
+    That is tried again at full length, so the failure shows in the results.
+    """
+    best, middle = chosen_rates(rows), grid[len(grid) // 2]
+    return {key: (best[key].lr if key in best else middle,) for key in every}
 
 
 def stages(quick: bool, seeds: int | None) -> list[Stage]:
@@ -130,10 +142,7 @@ def stages(quick: bool, seeds: int | None) -> list[Stage]:
         return planned(found, training, grid, [TUNING_SEED], "tune")
 
     def main(rows: list[Row]) -> list[PlannedRun]:
-        best = chosen_rates(rows)
-        # Where every rate failed the middle one is tried again at full length, so the failure shows in the results.
-        middle = scale.rates[len(scale.rates) // 2]
-        rates = {key: (best[key].lr if key in best else middle,) for key in every}
+        rates = chosen_or_middle(rows, every, scale.rates)
         return planned(found, training, rates, range(scale.seeds if seeds is None else seeds), "main")
 
     return [tune, main]
