@@ -8,8 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+INTERPRETED = Path(__file__).with_name("interpreted.py")
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +23,7 @@ def interpret(request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]
     Triton decides between compiler and interpreter on import, so it is a process of its own, one for a file.
     """
     server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("interpreted.py")), str(request.path)],
+        [sys.executable, str(INTERPRETED), str(request.path)],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -37,3 +41,15 @@ def interpret(request: pytest.FixtureRequest) -> Iterator[Callable[[str], None]]
     with server:
         yield run
         asked.close()
+
+
+@pytest.fixture(scope="module")
+def interpreted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the ``results()`` of the test's own file are in Triton's interpreter."""
+    out = tmp_path_factory.mktemp("interpreted") / "results.pt"
+    command = [sys.executable, str(INTERPRETED), str(request.path), str(out)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results: dict[str, Any] = torch.load(out)
+    return results

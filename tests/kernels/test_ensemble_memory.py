@@ -1,7 +1,7 @@
 """The kernel that keeps its state in memory, in Triton's interpreter and through its compiler.
 
-The interpreter is chosen when Triton is imported, so this file, run as a program, trains every case there and saves the
-results; the tests compare them with the CPU twin's.
+The interpreter is chosen when Triton is imported, so a process of its own trains every case there (`results`); the
+tests compare with the CPU twin.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -10,10 +10,6 @@ results; the tests compare them with the CPU twin's.
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -179,7 +175,7 @@ def _philox(seed: Any, *counter: Any) -> tuple[Any, ...]:
     return tuple(tl.tensor(TensorHandle(word.astype(np.uint32), tl.uint32), c.type) for word, c in words)
 
 
-def _interpret(out: Path) -> None:
+def results() -> dict[str, Any]:
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def fused(self: Any, x: Any, y: Any, z: Any) -> Any:
@@ -189,35 +185,24 @@ def _interpret(out: Path) -> None:
 
     InterpreterBuilder.create_fma = fused
     torch.set_num_threads(1)
-    results: dict[str, Any] = {f"draws {kind} {seed}": draws(kind, seed) for kind in KINDS for seed in (-5, 2**40 + 3)}
+    found: dict[str, Any] = {f"draws {kind} {seed}": draws(kind, seed) for kind in KINDS for seed in (-5, 2**40 + 3)}
     tl.philox = _philox
     with patch.object(torch, "empty", _Guarded()) as guarded:
         for name, (shape, models, first) in CASES.items():
-            results[name] = train(shape, *settings_for(shape, models), first, True)
-        results["allocated"] = sum(raw.nbytes - 2048 * raw.itemsize for raw in guarded.all)
+            found[name] = train(shape, *settings_for(shape, models), first, True)
+        found["allocated"] = sum(raw.nbytes - 2048 * raw.itemsize for raw in guarded.all)
         for i, (name, some, broken, section, value) in enumerate(BROKEN):
             shape, models, first = CASES[name]
             settings, state, lr = settings_for(shape, models)
             shape.split(state)[section][broken, -1, -1] = value
-            results[f"broken {i}"] = train(shape, subset(settings, some), state[some], lr[some], first, True)
+            found[f"broken {i}"] = train(shape, subset(settings, some), state[some], lr[some], first, True)
         shape, models, first = CASES["one of four"]
         settings, state, lr = settings_for(shape, models)
         for some in (slice(3, 6), slice(7, 8)):
             args = (shape, subset(settings, some), state[some], lr[some], first, True)
-            results[f"cut {some.start}"] = train(*args, pieces=1)
-        results["intact"] = guarded.intact()
-    torch.save(results, out)
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("interpreted") / "results.pt"
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-W", "ignore::RuntimeWarning", __file__, str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    results: dict[str, Any] = torch.load(out)
-    return results
+            found[f"cut {some.start}"] = train(*args, pieces=1)
+        found["intact"] = guarded.intact()
+    return found
 
 
 def errors(shape: EnsembleShape, ours: dict[str, Tensor], theirs: dict[str, Tensor], lr: Tensor) -> dict[str, float]:
@@ -360,7 +345,3 @@ def test_cuda_equals_the_cpu_twin(name: str) -> None:
     ours = {key: value.cpu() for key, value in train(shape, settings, state.cuda(), lr, first, True).items()}
     expected = train(shape, settings, state, lr, first, False)
     assert beyond_tolerance(errors(shape, ours, expected, lr)) == {}
-
-
-if __name__ == "__main__":
-    _interpret(Path(sys.argv[1]))

@@ -1,6 +1,6 @@
 """The registers kernel, run by Triton's interpreter, against the CPU twin.
 
-Triton decides between compiler and interpreter on import, so this file is also a program: what `interpreted` starts.
+Triton decides between compiler and interpreter on import, so a process of its own trains every case (`results`).
 """
 
 # Triton's front end takes no starred tuples.
@@ -8,9 +8,7 @@ Triton decides between compiler and interpreter on import, so this file is also 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
@@ -191,9 +189,10 @@ def fused_multiply_add(a: Any, b: Any, c: Any) -> Any:
     return np.where(inexact, np.nextafter(total, towards), total).astype(np.float32)
 
 
-def main(path: str) -> None:
+def results() -> dict[str, Any]:
     from triton.runtime import interpreter
 
+    warnings.simplefilter("error")
     # The interpreter's own multiply-add rounds twice, and the division's correction rests on one.
     interpreter.InterpreterBuilder.create_fma = lambda self, x, y, z: interpreter.TensorHandle(
         fused_multiply_add(x.data, y.data, z.data), z.dtype
@@ -208,22 +207,6 @@ def main(path: str) -> None:
     found |= {f"top {case.shape.top_k} of equals": train(launch, case, change=tie) for case in TIED}
     with np.errstate(over="ignore", invalid="ignore"):  # u/p where u ≥ p, for the smallest p
         found |= {f"drawn {at}": drawn(*key_and_step) for at, key_and_step in enumerate(DRAWS)}
-    torch.save(found, path)
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = tmp_path_factory.mktemp("interpreted") / "found.pt"
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", __file__, str(path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = torch.load(path)
     return found
 
 
@@ -358,7 +341,3 @@ def test_fits_small_models_of_up_to_three_experts_and_independent_features() -> 
     kind = settings.features.kind.clone()
     kind[3] = CLUSTERED
     assert not ensemble_registers.fits(shape, replace(settings, features=replace(settings.features, kind=kind)))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
