@@ -10,10 +10,11 @@ from typing import Any
 import duckdb
 import pytest
 
+from moesaic.bench.engines import reason
 from moesaic.bench.plan import InputError, PlannedRun, Preset, Row, Stage
 from moesaic.bench.spec import spec_preset
 from moesaic.bench.store import TIME_COLUMNS, RunStore
-from moesaic.bench.sweep import SweepResult, compile_cpu_trainer, compiled_alike, reason, run_sweep
+from moesaic.bench.sweep import SweepResult, compile_cpu_trainer, compiled_alike, run_sweep
 from moesaic.moe.config import FeatureConfig, Run, ToyConfig, TrainConfig
 
 SPEC = {"seeds": 3, "run": {"steps": 4, "batch_size": 2}, "grid": {"n_hidden": [1, 2, 3], "lr": [0.1, 0.2]}}
