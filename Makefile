@@ -37,11 +37,11 @@ types: $(VENV)/.dev ## mypy --strict on the four packages, the examples and the 
 unit: $(VENV)/.dev ## pytest, more than 90 % of the lines of kernels, moe and metrics covered
 	$(BIN)/pytest --cov --cov-fail-under=90 --numprocesses 2 --dist loadfile
 
-test-huggingface: $(VENV)/.huggingface ## what needs transformers and its neighbour `kernels`, installed for it (about 200 MB)
+test-huggingface: $(VENV)/.huggingface ## what needs transformers, its neighbour `kernels`, or Ray, installed for it (about 300 MB)
 	$(BIN)/pytest tests/test_packaging.py tests/moe/test_hf.py tests/moe/test_hf_routers.py tests/bench/test_bench_layer.py \
 	  tests/moe/test_hf_gate.py tests/moe/test_hf_models.py tests/moe/test_hf_architectures.py tests/test_examples.py \
-	  tests/metrics/test_flops_transformers.py \
-	  -k "huggingface or test_hf or transformers or test_examples" -rs --numprocesses 2 --dist loadfile
+	  tests/metrics/test_flops_transformers.py tests/bench/test_engine_ray.py \
+	  -k "huggingface or test_hf or transformers or test_examples or test_engine_ray" -rs --numprocesses 2 --dist loadfile
 
 train-lm: $(VENV)/.huggingface ## the examples: a language model trained through the layer, then its experts measured
 	$(BIN)/python examples/train_lm.py
@@ -70,7 +70,7 @@ $(VENV)/.dev: $(VENV)/.created $(METADATA)
 	@touch $(VENV)/.bench $@
 
 $(VENV)/.huggingface: $(VENV)/.dev
-	$(PIP) --no-build-isolation -e '.[transformers]' kernels
+	$(PIP) --no-build-isolation -e '.[transformers,ray]' kernels
 	@touch $@
 
 $(VENV)/.created:

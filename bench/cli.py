@@ -19,7 +19,9 @@ from typing import Annotated, Any, Protocol
 
 import tyro
 
+from moesaic.bench.engines import EngineError
 from moesaic.bench.plan import InputError, Row
+from moesaic.bench.store import StoreError
 
 INTERRUPTED = 130
 
@@ -79,7 +81,15 @@ class Sweep:
     ]
     out: Out
     device: Device = "auto"
-    engine: Annotated[str, tyro.conf.arg(metavar="NAME", help="Where runs are computed: local.")] = "local"
+    engine: Annotated[str, tyro.conf.arg(metavar="NAME", help="Where runs are computed: local or ray.")] = "local"
+    workers: Annotated[
+        int | None,
+        tyro.conf.arg(metavar="N", help="Processes here: on GPUs one each, else sharing the CPU."),
+    ] = None
+    address: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT", help="Ray cluster to join, or auto.")] = None
+    gpus_per_task: Annotated[
+        float | None, tyro.conf.arg(metavar="SHARE", help="Of a GPU for one task of Ray, such as 0.25; 1 by default.")
+    ] = None
     seeds: Seeds = None
     resume: Resume = False
     energy: Annotated[bool, tyro.conf.arg(help="Then measure seconds and joules of every training, all in turn.")] = (
@@ -93,8 +103,6 @@ class Sweep:
         """Sweeps, then reports."""
         from moesaic.bench import environment
 
-        if self.engine != "local":
-            raise InputError(f"--engine {self.engine!r}: must be local")
         environment.require("matplotlib")  # only the report needs it, but nobody wants to hear that after the training
         from moesaic.bench.presets import find_preset
         from moesaic.bench.report import result_table, write_report
@@ -102,7 +110,8 @@ class Sweep:
 
         result = run_sweep(
             find_preset(self.preset), self.out, quick=self.quick, seeds=self.seeds, device=self.device, impl=self.impl,
-            resume=self.resume, energy=self.energy, argv=argv,
+            resume=self.resume, energy=self.energy, argv=argv, engine=self.engine, workers=self.workers,
+            address=self.address, gpus_per_task=self.gpus_per_task,
         )  # fmt: skip
         if result.interrupted:
             return _interrupted(result.out, result.rows, argv)
@@ -245,6 +254,8 @@ def _run(command: Command, argv: Sequence[str]) -> Answer:
             return command.run(argv)
     except InputError as error:
         return Answer(2, {"error": str(error)}, f"error: {error}")
+    except (StoreError, EngineError) as error:
+        return Answer(1, {"error": str(error)}, f"error: {error}")
     except KeyboardInterrupt:
         return Answer(INTERRUPTED, {"error": "interrupted"}, "interrupted")
     except Exception as error:

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,6 +21,8 @@ EXTRAS = {
     "bench": ("numba", "tyro", "tqdm", "duckdb", "matplotlib", "safetensors", "pynvml"),
 }
 """Importable modules of each optional extra."""
+ON_REQUEST = {"ray": ("ray",)}
+"""Those of extras that only an option asks for, so that nobody misses them before."""
 VERSIONED = ("torch", "triton", "numpy", "numba", "duckdb", "matplotlib", "safetensors", "tyro", "tqdm")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -29,15 +31,15 @@ class MissingExtraError(InputError):
     """A package of an optional extra is not installed; the message has the command that brings it."""
 
 
-def missing_extras() -> dict[str, list[str]]:
+def missing_extras(extras: Mapping[str, Sequence[str]] = EXTRAS) -> dict[str, list[str]]:
     """The modules that cannot be imported, by extra; an extra with nothing missing is left out."""
-    found = {extra: [m for m in modules if not _importable(m)] for extra, modules in EXTRAS.items()}
+    found = {extra: [m for m in modules if not _importable(m)] for extra, modules in extras.items()}
     return {extra: modules for extra, modules in found.items() if modules}
 
 
 def require(*modules: str) -> None:
     """Raises `MissingExtraError` unless every module can be imported."""
-    for extra, missing in missing_extras().items():
+    for extra, missing in missing_extras({**EXTRAS, **ON_REQUEST}).items():
         needed = [m for m in missing if m in modules]
         if needed:
             raise MissingExtraError(f"{' and '.join(needed)} not installed: {install_command(extra)}")

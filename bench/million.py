@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from moesaic.bench.analysis import EQUAL_FLOPS, EQUAL_WIDTH
@@ -90,20 +91,20 @@ def planned(
 
 def trainer(out: Path) -> Trainer:
     """A trainer whose long runs continue from checkpoints in the run folder, which go when their row is there."""
+    return partial(_train, out)
 
-    def train(
-        group: Sequence[PlannedRun], *, device: str, impl: str, progress: Callable[[int, float], None]
-    ) -> list[Row]:
-        from moesaic.bench.measure_large import train_and_measure_large
 
-        rows = []
-        for item in group:
-            long = item.run.training.steps > CHECKPOINT_EVERY
-            checkpoint = out / "checkpoints" / f"{item.run.key}.safetensors" if long else None
-            rows.append(train_and_measure_large(item, device=device, progress=progress, checkpoint=checkpoint))
-        return rows
+def _train(
+    out: Path, group: Sequence[PlannedRun], *, device: str, impl: str, progress: Callable[[int, float], None]
+) -> list[Row]:
+    from moesaic.bench.measure_large import train_and_measure_large
 
-    return train
+    rows = []
+    for item in group:
+        long = item.run.training.steps > CHECKPOINT_EVERY
+        checkpoint = out / "checkpoints" / f"{item.run.key}.safetensors" if long else None
+        rows.append(train_and_measure_large(item, device=device, progress=progress, checkpoint=checkpoint))
+    return rows
 
 
 def clean(out: Path, rows: Sequence[Mapping[str, object]]) -> None:

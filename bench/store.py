@@ -8,6 +8,7 @@ whole. ``energy.json``, where a sweep was measured, fills the joule columns of t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -64,6 +65,10 @@ def columns() -> dict[str, str]:
     }
 
 
+class StoreError(OSError):
+    """The run folder takes no more rows, because the disk is full, say; what was written before is whole."""
+
+
 _AS_THEY_ARE = (str, bool, int)
 
 
@@ -118,7 +123,7 @@ class RunStore:
 
         Raises:
             KeyError: a row has no ``run_key``.
-            OSError: the disk took only part of the lines; that part is cut off again.
+            StoreError: the disk did not take all of the lines; what it took is cut off again.
         """
         known = self._load()
         new: dict[str, Row] = {}
@@ -141,10 +146,18 @@ class RunStore:
 
         Rows come in the order of the run keys in ``order``, then the others by run key, so the file does not depend on
         the order in which the runs happened to finish.
+
+        Raises:
+            StoreError: the disk did not take the file; an older one stays as it was.
         """
         rank = {key: i for i, key in enumerate(order)}
         rows = sorted(self.rows(), key=lambda row: (rank.get(str(row["run_key"]), len(rank)), str(row["run_key"])))
-        write_parquet(rows, self.parquet)
+        import duckdb
+
+        try:
+            write_parquet(rows, self.parquet)
+        except (OSError, duckdb.IOException) as error:
+            raise self._full(self.parquet, error) from error
         return self.parquet
 
     def environment(self) -> dict[str, object] | None:
@@ -184,14 +197,21 @@ class RunStore:
                 os.ftruncate(descriptor, self._whole)
             written = os.write(descriptor, lines)
             if written != len(lines):
-                os.ftruncate(descriptor, self._whole)
-                raise OSError(errno.ENOSPC, "only part of the rows could be written", str(self.path))
+                raise OSError(errno.ENOSPC, "only part of the rows could be written")
             os.fsync(descriptor)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # else the next one to append cuts a torn line off
+                os.ftruncate(descriptor, self._whole)
+            raise self._full(self.path, error) from error
         finally:
             os.close(descriptor)
         if created:
             sync_folder(self.folder)
         self._whole = self._size = self._whole + len(lines)
+
+    def _full(self, path: Path, error: Exception) -> StoreError:
+        words = getattr(error, "strerror", None) or error
+        return StoreError(f"{path}: {words}; the rows before are safe: make room, then continue with --resume")
 
 
 def _energy_columns(record: Mapping[str, Any]) -> dict[str, Row]:

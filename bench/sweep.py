@@ -11,17 +11,16 @@ import dataclasses
 import hashlib
 import json
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moesaic._version import __version__
 from moesaic.bench import environment
+from moesaic.bench.engines import Engine, EngineChoice, Work, run_groups, start_engine
+from moesaic.bench.lock import RunLock
 from moesaic.bench.plan import (
     InputError,
     PlannedRun,
@@ -33,19 +32,15 @@ from moesaic.bench.plan import (
     training_groups,
     unique,
 )
+from moesaic.bench.progress import Progress
 from moesaic.bench.store import RunStore
 from moesaic.bench.sweep_energy import check_cells, measure_sweep
 
 if TYPE_CHECKING:
     from moesaic.moe import Run, TrainResult
 
-REDRAW_INTERVAL_S = 0.2
-LOG_INTERVAL_S = 10.0
-"""Seconds between progress lines where stderr is a file."""
 MAX_MODELS = 64
 """Most models that a preset without a number of its own trains as one stack."""
-RATE_SPAN_S = 30.0
-"""About how far back the rate looks: groups differ in cost, so old ones say little about the rest."""
 
 
 class Trainer(Protocol):
@@ -121,6 +116,10 @@ def run_sweep(
     trainer: Trainer | None = None,
     energy: bool = False,
     argv: Sequence[str] = (),
+    engine: str = "local",
+    workers: int | None = None,
+    address: str | None = None,
+    gpus_per_task: float | None = None,
 ) -> SweepResult:
     """Trains every run of ``preset`` that ``out`` does not hold yet and writes ``runs.parquet``.
 
@@ -143,41 +142,70 @@ def run_sweep(
         energy: when all are trained, measure seconds and joules of every cell's training, as
             `moesaic.bench.sweep_energy` says.
         argv: the command line, for ``environment.json``.
+        engine: ``local`` or ``ray``: where groups are trained; rows are the same.
+        workers: as in `moesaic.bench.engines.EngineChoice`, like what follows.
+        address: of a running Ray cluster.
+        gpus_per_task: share of a GPU that a Ray task asks for.
 
     Raises:
         InputError: before any training - an argument out of range, a missing package, a folder that cannot be
-            written, that holds rows without ``resume``, or that holds the rows of another plan or version; a run that
-            does not fit into memory (in a later stage: before the training of that stage).
+            written, that another sweep is writing to, that holds rows without ``resume``, or that holds the rows of
+            another plan or version; a run that does not fit into memory (in a later stage: before the training of that
+            stage).
+        StoreError: the disk is full.
+        EngineError: processes or tasks cannot take up their work.
     """
+    choice = EngineChoice(name=engine, workers=workers, address=address, gpus_per_task=gpus_per_task)
     environment.require("duckdb", "tqdm")
     if seeds is not None and seeds < 1:
         raise InputError(f"seeds = {seeds}: must be an integer >= 1")
-    device = environment.resolve_device(device)
+    if isinstance(preset, StackPreset):
+        trainer, max_models = trainer or trainer_with(preset.columns), max_models or preset.max_models
+    elif isinstance(preset, TrainerPreset):
+        if choice.name == "ray":
+            raise InputError(
+                f"--engine ray: {preset.name} keeps checkpoints in the run folder, which the nodes of a cluster do not "
+                "have; takes --engine local, with --workers N for several at once"
+            )
+        trainer, max_models = trainer or preset.trainer(Path(out)), max_models or preset.max_models
+    trainer, max_models = trainer or train_and_measure, max_models or MAX_MODELS
+    with start_engine(choice, device, trainer) as started, RunLock(out) as lock:
+        work = Work(trainer, started.device, impl)
+        return _sweep(
+            preset, out, started, lock, work, quick=quick, seeds=seeds, resume=resume, progress=progress,
+            max_models=max_models, energy=energy, argv=argv,
+        )  # fmt: skip
+
+
+def _sweep(
+    preset: Preset, out: Path, engine: Engine, lock: RunLock, work: Work, *, quick: bool, seeds: int | None,
+    resume: bool, progress: bool, max_models: int, energy: bool, argv: Sequence[str],
+) -> SweepResult:  # fmt: skip
+    device, impl, memory = work.device, work.impl, engine.memory
     check_impl(impl, device)
     if energy:
         check_cells(preset, quick, seeds)
+        if engine.why_not_alone:
+            raise InputError(f"--energy: {engine.why_not_alone}")
     stages = preset.stages(quick, seeds)
-    memory = environment.device_memory_bytes(device)
     first = unique(stages[0]([]))
     check_memory(first, memory)
     request = {
         "moesaic": __version__, "preset": preset.name,
         "spec": preset.spec, "quick": quick, "seeds": seeds, "device": device, "impl": impl,
     }  # fmt: skip
-    store = open_store(out, {**request, "plan_hash": _plan_hash(preset, request, first)}, resume, argv)
+    request["plan_hash"] = _plan_hash(preset, request, first)
+    store = open_store(out, request, resume, {**environment.environment(argv), "engine": engine.facts}, lock)
 
     planned: list[PlannedRun] = []
     rows: list[Row] = []
     interrupted = False
-    if isinstance(preset, StackPreset):
-        trainer, max_models = trainer or trainer_with(preset.columns), max_models or preset.max_models
-    compiles, compiled = impl != "torch" and device == "cpu" and _is_ours(trainer or train_and_measure), set[object]()
     appended: Callable[[Sequence[Row]], None] = _nothing
+    compiles, compiled = impl != "torch" and device == "cpu" and engine.shares_cache, set[object]()
     if isinstance(preset, TrainerPreset):
         compiles, appended = False, partial(preset.appended, Path(out))
-        trainer, max_models = trainer or preset.trainer(Path(out)), max_models or preset.max_models
-    trainer, max_models = trainer or train_and_measure, max_models or MAX_MODELS
-    with _Progress(enabled=progress) as bar:
+    compiles = compiles and _is_ours(work.trainer)
+    with Progress(enabled=progress) as bar:
         try:
             for number, stage in enumerate(stages, 1):
                 earlier = len(planned)
@@ -192,14 +220,15 @@ def run_sweep(
                     compiled |= kinds.keys()
                     if new:
                         bar.prepare("compiling (first time only)", partial(compile_cpu_trainer, new))
-                _run_groups(groups, store, bar, trainer, device, impl, appended)
+                run_groups(groups, store, bar, engine, work, appended)
                 by_key = {row["run_key"]: row for row in store.rows()}
                 rows = [by_key[item.run.key] for item in planned]
         except KeyboardInterrupt:
             interrupted = True
     if energy and not interrupted:
         try:
-            measure_sweep(store, device=device, impl=impl, quick=quick, say=_say if progress else _silent)
+            say = _say if progress else _silent
+            measure_sweep(store, device=device, impl=impl, quick=quick, say=say, alone=engine.alone)
             by_key = {row["run_key"]: row for row in store.rows()}
             rows = [by_key[item.run.key] for item in planned]
         except KeyboardInterrupt:
@@ -227,21 +256,25 @@ def train_and_measure(
     return measure(result, group, device=device)
 
 
-def trainer_with(columns: Columns) -> Trainer:
-    """`train_and_measure` whose rows also have ``columns`` of the trained stack."""
+@dataclass(frozen=True)
+class _StackTrainer:
+    columns: Columns
 
-    def train(
-        group: Sequence[PlannedRun], *, device: str, impl: str, progress: Callable[[int, float], None]
+    def __call__(
+        self, group: Sequence[PlannedRun], *, device: str, impl: str, progress: Callable[[int, float], None]
     ) -> list[Row]:
         from moesaic.bench.measure import measure
         from moesaic.moe import train_runs
 
         runs = [item.run for item in group]
         result = train_runs(runs, device=device, impl=impl, progress=progress)
-        rows, extra = measure(result, group, device=device), columns(result, runs)
+        rows, extra = measure(result, group, device=device), self.columns(result, runs)
         return [{**row, **more} for row, more in zip(rows, extra, strict=True)]
 
-    return train
+
+def trainer_with(columns: Columns) -> Trainer:
+    """`train_and_measure` whose rows also have ``columns`` of the trained stack."""
+    return _StackTrainer(columns)
 
 
 def compiled_alike(planned: Iterable[PlannedRun]) -> dict[object, PlannedRun]:
@@ -291,26 +324,31 @@ def check_impl(impl: str, device: str) -> None:
         environment.require("numba")
 
 
-def open_store(out: Path, request: Mapping[str, object], resume: bool, argv: Sequence[str]) -> RunStore:
-    """The run folder, made, proved writable and with its ``environment.json`` written.
+def open_store(
+    out: Path, request: Mapping[str, object], resume: bool, here: Mapping[str, object], lock: RunLock
+) -> RunStore:
+    """The run folder, made, proved writable, locked and with its ``environment.json`` written.
 
     Raises:
-        InputError: the folder cannot be written, has rows and ``resume`` is false, or has the rows of another plan.
+        InputError: the folder cannot be written, another sweep writes to it, it has rows and ``resume`` is false, or it
+            has the rows of another plan.
     """
     store = RunStore(out)
     try:
         store.folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
         store.path.open("ab").close()
-        store.write_environment(_history(store, request, resume, argv))
+        store.write_environment(_history(store, request, resume, here))
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written: {error.strerror or error}") from error
     return store
 
 
-def _history(store: RunStore, request: Mapping[str, object], resume: bool, argv: Sequence[str]) -> dict[str, object]:
+def _history(
+    store: RunStore, request: Mapping[str, object], resume: bool, here: Mapping[str, object]
+) -> dict[str, object]:
     """What ``environment.json`` says from now on: this start, or this resumption of an earlier start."""
     held, out = len(store.keys()), store.folder
-    here = environment.environment(argv)
     if not held:
         return {**request, **here, "resumed": []}
     if not resume:
@@ -351,146 +389,3 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
     for key, value in values.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
-
-
-def _run_groups(
-    groups: Sequence[Sequence[PlannedRun]], store: RunStore, bar: _Progress, trainer: Trainer, device: str, impl: str,
-    appended: Callable[[Sequence[Row]], None],
-) -> None:  # fmt: skip
-    done = store.keys()
-    missing = [{item.run.key for item in group} - done for group in groups]
-    finished = sum(_model_steps(group) for group, keys in zip(groups, missing, strict=True) if not keys)
-    bar.extend(sum(map(_model_steps, groups)), finished)
-    for group, keys in zip(groups, missing, strict=True):
-        if keys:
-            rows = store.append(_train(group, trainer, bar, device, impl))  # only what is missing is written
-            appended(rows)
-            bar.group_done(_model_steps(group), [row for row in rows if row["status"] == "failed"])
-
-
-def _train(group: Sequence[PlannedRun], trainer: Trainer, bar: _Progress, device: str, impl: str) -> list[Row]:
-    """The rows of a group; where it raises, each of its runs alone, and a ``failed`` row for each that still does."""
-    started_at, clock = environment.now(), time.perf_counter()
-    try:
-        rows = trainer(group, device=device, impl=impl, progress=bar.advance(len(group)))
-        found = [str(row.get("run_key")) for row in rows]
-        if found != [item.run.key for item in group]:
-            raise RuntimeError(f"the trainer gave rows for {found}")
-    except Exception as error:
-        bar.group_failed()
-        if len(group) > 1:
-            return [row for item in group for row in _train([item], trainer, bar, device, impl)]
-        rows = [{"status": "failed", "error": reason(error), "device": device}]
-    wall_s = (time.perf_counter() - clock) / len(group)
-    return [
-        {"status": "ok", "error": None, "wall_s": wall_s, "started_at": started_at}
-        | {**row, **item.run.flat(), **item.labels, "run_key": item.run.key}
-        for item, row in zip(group, rows, strict=True)
-    ]
-
-
-def reason(error: Exception) -> str:
-    """An exception in one line: type, message and the place that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}".replace("\n", " ")
-
-
-def _model_steps(group: Sequence[PlannedRun]) -> int:
-    return sum(item.run.training.steps for item in group)
-
-
-class _LogFile:
-    """Gives each redrawing of tqdm's line as a line of its own, for a stderr that is a file."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-        self.encoding = file.encoding
-
-    def write(self, text: str) -> None:
-        line = text.strip("\r\n ")
-        if line:
-            self._file.write(line + "\n")
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-class _Progress:
-    """One bar over all stages, counted in model-steps (optimiser steps times the models that take them)."""
-
-    def __init__(self, *, enabled: bool) -> None:
-        from tqdm import tqdm
-
-        terminal = sys.stderr.isatty()
-        interval = REDRAW_INTERVAL_S if terminal else LOG_INTERVAL_S
-        self._file = sys.stderr if terminal else _LogFile(sys.stderr)
-        self._failed = 0
-        self._base = 0  # model-steps of the finished groups
-        self._bar = tqdm(
-            total=0,
-            delay=1e-9,  # nothing is drawn before the first stage says its total
-            unit=" model-steps",
-            unit_scale=True,
-            disable=not enabled,
-            file=self._file,
-            mininterval=interval,
-            smoothing=min(1.0, 2 * interval / RATE_SPAN_S),  # the rate is an exponential mean over the redrawings
-            miniters=1,
-            dynamic_ncols=terminal,
-            ncols=None if terminal else 120,
-        )
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.close()
-
-    def stage(self, name: str) -> None:
-        self._bar.set_description(name, refresh=False)
-
-    def prepare(self, words: str, work: Callable[[], None]) -> None:
-        """Does ``work`` before training, outside the rate and the elapsed time."""
-        if not self._bar.disable:
-            self._bar.clear()  # tqdm's own way to write would draw a bar that has no total yet
-            print(words, file=sys.stderr, flush=True)
-        start = time.time()
-        work()
-        if not self._bar.disable:
-            self._bar.start_t += time.time() - start
-            self._bar.last_print_t = time.time()
-
-    def extend(self, total: int, done: int) -> None:
-        """Adds a stage of ``total`` model-steps; ``done`` of them an earlier sweep's, not counted for the rate."""
-        self._base += done
-        if not self._bar.disable:
-            self._bar.total += total
-            self._bar.initial += done
-            self._bar.n = self._bar.last_print_n = self._base
-            self._bar.refresh()
-
-    def advance(self, models: int) -> Callable[[int, float], None]:
-        """What a trainer of ``models`` models calls with its steps since the last call and their mean loss."""
-
-        def on_progress(steps: int, loss: float) -> None:
-            failures = f", {self._failed} failed" if self._failed else ""
-            self._bar.set_postfix_str(f"loss {loss:.4g}{failures}", refresh=False)
-            self._bar.update(steps * models)
-
-        return on_progress
-
-    def group_done(self, steps: int, failed: Sequence[Row]) -> None:
-        self._base += steps
-        self._failed += len(failed)
-        for row in failed:
-            self._bar.write(f"failed: run {str(row['run_key'])[:12]}: {row['error']}", file=self._file)
-        self._move(self._base)
-
-    def group_failed(self) -> None:
-        self._move(self._base)
-
-    def _move(self, to: int) -> None:
-        self._bar.update(to - self._bar.n)

@@ -74,21 +74,32 @@ def stacks(rows: Sequence[Row]) -> list[Stack]:
 
 
 def measure_sweep(
-    store: RunStore, *, device: str, impl: str, quick: bool, say: Callable[[str], None], meter: Any = "auto"
-) -> None:
+    store: RunStore, *, device: str, impl: str, quick: bool, say: Callable[[str], None], meter: Any = "auto",
+    alone: Callable[[Callable[[], Row]], Row] = lambda measure: measure(),
+) -> None:  # fmt: skip
     """Measure every cell and write ``energy.json`` into the run folder, unless it holds these cells already.
 
     The columns ``gpu_board_j`` or ``cpu_package_j`` of the rows follow from it: null without a meter, and where trials
     spread by 2 % or more. Nothing is written before all cells are measured, because they are measured in turn.
+    ``alone`` calls what measures where nothing else runs, in another process if need be.
     """
-    from moesaic.metrics.energy import find_meter
-
     found = stacks(store.rows())
     if not found:
         return
     held = store.energy()
     if held is not None and _covers(held, found, device):
         return
+    record = alone(partial(_measure, found, device=device, impl=impl, quick=quick, say=say, meter=meter))
+    text = json.dumps(jsonable(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_file(store.folder / ENERGY_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _measure(
+    found: Sequence[Stack], *, device: str, impl: str, quick: bool, say: Callable[[str], None], meter: Any
+) -> Row:
+    """What ``energy.json`` holds."""
+    from moesaic.metrics.energy import find_meter
+
     works = {one.name: _training(one, device, impl, one.steps) for one in found}
     steps: dict[str, int] = {}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
@@ -117,13 +128,11 @@ def measure_sweep(
                 reason = str(error)
                 say(f"joules not measured, so null: {reason}")
     cells = [_cell(one, timings[one.name], results.get(one.name), steps.get(one.name)) for one in found]
-    record = {
+    return {
         "device": device, "impl": impl, "quick": quick, "threads": threads, "load_average": load,
         "measured": environment.now(), "meter": None if isinstance(source, str) else source.scope, "reason": reason,
         "cells": cells,
     }  # fmt: skip
-    text = json.dumps(jsonable(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    replace_file(store.folder / ENERGY_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _training(stack: Stack, device: str, impl: str, steps: int) -> Callable[[], object]:

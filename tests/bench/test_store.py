@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from moesaic.bench.plan import InputError, Row
-from moesaic.bench.store import RunStore, columns, replace_file
+from moesaic.bench.store import RunStore, StoreError, columns, replace_file
 
 
 def some_rows(count: int, first: int = 0) -> list[Row]:
@@ -118,6 +119,26 @@ def test_a_short_write_is_undone_and_reported(tmp_path: Path, monkeypatch: pytes
         store.append(some_rows(3))
     assert store.path.read_bytes() == before
     monkeypatch.setattr(os, "write", real)
+    store.append(some_rows(3))
+    assert store.rows() == RunStore(tmp_path).rows() == some_rows(3)
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_a_full_disk_is_said_and_what_it_took_is_cut_off(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RunStore(tmp_path)
+    store.append(some_rows(1))
+    before = store.path.read_bytes()
+
+    def full(descriptor: int, data: bytes = b"") -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(StoreError, match=r"runs\.jsonl: No space left on device; .*continue with --resume"):
+            store.append(some_rows(3))
+    assert store.path.read_bytes() == before
     store.append(some_rows(3))
     assert store.rows() == RunStore(tmp_path).rows() == some_rows(3)
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,54 +8,14 @@ from typing import Any
 import duckdb
 import pytest
 
+from moesaic.bench.engines import reason
 from moesaic.bench.plan import InputError, PlannedRun, Preset, Row, Stage
 from moesaic.bench.spec import spec_preset
 from moesaic.bench.store import TIME_COLUMNS, RunStore
-from moesaic.bench.sweep import SweepResult, compile_cpu_trainer, compiled_alike, reason, run_sweep
+from moesaic.bench.sweep import SweepResult, compile_cpu_trainer, compiled_alike, run_sweep
 from moesaic.moe.config import FeatureConfig, Run, ToyConfig, TrainConfig
 
 SPEC = {"seeds": 3, "run": {"steps": 4, "batch_size": 2}, "grid": {"n_hidden": [1, 2, 3], "lr": [0.1, 0.2]}}
-
-KILLER = """
-# Starts sweeps and kills each with SIGKILL, most of them a random moment after a random number of further groups were
-# begun, some while they start. What a sweep imports is imported here, once for all children.
-import os, random, signal, sys, time
-from pathlib import Path
-import duckdb, torch, tqdm
-import moesaic.moe.config
-from moesaic.bench.spec import spec_preset
-from moesaic.bench.sweep import run_sweep
-
-out, log, spec = Path(sys.argv[1]), Path(sys.argv[2]), eval(sys.argv[3])
-
-def trainer(group, *, device, impl, progress):
-    with log.open("a") as file:
-        file.writelines(p.run.key + chr(10) for p in group)
-    time.sleep(0.004)
-    return [{"run_key": p.run.key, "loss": p.run.seed / 7, "usage": [p.run.training.lr] * 4000} for p in group]
-
-def lines():
-    return log.read_bytes().count(10) if log.exists() else 0
-
-random.seed(0)
-for killed in range(1000):
-    child = os.fork()
-    if child == 0:
-        run_sweep(spec_preset(spec), out, device="cpu", resume=True, progress=False, max_models=2, trainer=trainer)
-        os._exit(0)
-    wanted = lines() + 2 * random.choice([0, 1, 1, 2, 3])
-    ended = 0
-    while not ended and lines() < wanted:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        time.sleep(0.0005)
-    if not ended:
-        time.sleep(random.uniform(0, 0.012))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-    if not os.WIFSIGNALED(status):
-        break
-print(killed)
-"""
 
 
 class Fake:
@@ -219,27 +177,6 @@ def test_a_half_written_group_is_trained_again_and_completed(tmp_path: Path) -> 
     assert [len(group) for group in trainer.groups] == [2, 2]
     sweep(tmp_path / "b")
     assert parquet(tmp_path / "a") == parquet(tmp_path / "b")
-
-
-def test_kills_at_random_moments_lose_and_double_nothing(tmp_path: Path) -> None:
-    spec = {**SPEC, "seeds": 8}
-    log = tmp_path / "log"
-    command = [sys.executable, "-c", KILLER, str(tmp_path / "killed"), str(log), repr(spec)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert int(done.stdout) >= 10
-    (stage,) = spec_preset(spec).stages(False, None)
-    keys = [item.run.key for item in stage([])]
-    lines = (tmp_path / "killed" / "runs.jsonl").read_text().splitlines()
-    assert sorted(json.loads(line)["run_key"] for line in lines) == sorted(keys)
-    # A kill can cost the group that was being trained, never one whose rows were written.
-    assert len(log.read_text().splitlines()) <= len(keys) + 2 * int(done.stdout)
-
-    class Same(Fake):
-        def __call__(self, group: Sequence[PlannedRun], **others: Any) -> list[Row]:
-            return [{"run_key": p.run.key, "loss": p.run.seed / 7, "usage": [p.run.training.lr] * 4000} for p in group]
-
-    sweep(tmp_path / "whole", Same(), spec=spec)
-    assert parquet(tmp_path / "killed") == parquet(tmp_path / "whole")
 
 
 def test_a_real_sweep_interrupted_and_resumed_gives_the_same_parquet(tmp_path: Path) -> None:

@@ -1,0 +1,239 @@
+"""The Ray engine: a task of Ray Core per group, on a running cluster or on one of the sweep's own.
+
+Ray places the tasks and runs those again whose process or node died; here at most twice as many are handed in as can
+run at once, so that a sweep of many thousands does not fill the cluster's memory. The nodes need this version of
+moesaic and no shared folder: rows come back to the driver, which alone writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from moesaic._version import __version__
+from moesaic.bench import environment
+from moesaic.bench.engine_pool import visible_gpus
+from moesaic.bench.engines import (
+    RETRIES,
+    EngineChoice,
+    EngineError,
+    Group,
+    Results,
+    Work,
+    after_death,
+    sendable_rows,
+)
+from moesaic.bench.plan import InputError, PlannedRun, Row
+from moesaic.bench.progress import Progress, model_steps
+
+if TYPE_CHECKING:
+    from moesaic.bench.sweep import Trainer
+
+T = TypeVar("T")
+
+SLOTS_INTERVAL_S = 5.0
+"""Seconds between looks at how many tasks the cluster can run: nodes come and go."""
+CONNECT_S = 5.0
+OUR_GPU = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+
+
+@contextmanager
+def start_ray(choice: EngineChoice, device: str, trainer: Trainer) -> Iterator[RayEngine]:
+    """Connects to the cluster of ``choice``, of the caller's ``ray.init``, or to a new one, and leaves it at the end.
+
+    Raises:
+        InputError: Ray is not installed, no cluster answers, it has not what ``device`` asks for, its nodes run another
+            version of moesaic, or the trainer cannot be sent.
+    """
+    if device not in environment.DEVICES:
+        raise InputError(f"--device {device!r}: must be one of {', '.join(environment.DEVICES)}")
+    environment.require("ray")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a sweep reports to nobody
+    import ray
+
+    ours = not ray.is_initialized()
+    if not ours and choice.address is not None:
+        raise InputError(f"--address {choice.address}: this process is connected to a Ray cluster already")
+    own_cluster = ours and _connect(ray, choice)
+    try:
+        yield RayEngine(ray, choice, device, trainer, own_cluster)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _connect(ray: Any, choice: EngineChoice) -> bool:
+    """Starts or joins a cluster; whether it is a new one."""
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    address = choice.address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        ray.init(address="local", num_cpus=choice.workers, include_dashboard=False, **quiet)
+        return True
+    if choice.workers is not None:
+        raise InputError(
+            f"--workers {choice.workers}: the cluster at RAY_ADDRESS={address} says how many; leave it out"
+        )
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if port.isdecimal():  # Ray itself tries for two minutes and then ends the process
+            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+        ray.init(address=address, **quiet)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"--address {address}: no Ray cluster answers there: {str(error).splitlines()[0]}") from error
+    return False
+
+
+class RayEngine:
+    """Trains by tasks of a cluster that this process is connected to; see `start_ray`."""
+
+    def __init__(self, ray: Any, choice: EngineChoice, device: str, trainer: Trainer, own_cluster: bool) -> None:
+        self._ray = ray
+        self.shares_cache = own_cluster
+        total = ray.cluster_resources()
+        if device == "auto":
+            device = "cuda" if total.get("GPU") else "cpu"
+        if device == "cuda" and not total.get("GPU"):
+            raise InputError("--device cuda: the Ray cluster has no GPU; start its nodes first, or use cpu or auto")
+        if device == "cpu" and choice.gpus_per_task is not None:
+            raise InputError(f"--gpus-per-task {choice.gpus_per_task}: the device is cpu")
+        self.device = device
+        self._gpus = (1.0 if choice.gpus_per_task is None else choice.gpus_per_task) if device == "cuda" else 0.0
+        try:
+            ray.cloudpickle.dumps(trainer)
+        except Exception as error:
+            raise InputError(f"--engine ray: the trainer cannot be sent to other processes ({error})") from error
+        # Where the sweep starts the cluster it may have fewer slots than cores; elsewhere a slot is a core.
+        self._threads = max(1, environment.usable_cores() // int(total["CPU"])) if own_cluster else 1
+        self._slots, self._looked = 0, -SLOTS_INTERVAL_S
+        self.memory = self._check_nodes()
+        nodes = [node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]]
+        self.facts: Mapping[str, object] = {
+            "name": "ray", "version": ray.__version__, "nodes": nodes, "resources": total, "gpus_per_task": self._gpus,
+        }  # fmt: skip
+
+    def train(self, groups: Sequence[Group], work: Work, bar: Progress) -> Results:
+        """The groups as they end, in no fixed order.
+
+        Raises:
+            EngineError: a task cannot take up its work, as on a node with another version of moesaic.
+        """
+        ray, todo, pending = self._ray, deque(groups), dict[Any, Group]()
+        task = self._task(_train, self._gpus)
+        try:
+            while todo or pending:
+                while todo and len(pending) < 2 * self._slots_now():
+                    group = todo.popleft()
+                    pending[task.remote(__version__, self._threads, list(group), work)] = group
+                ready, _ = ray.wait(list(pending), num_returns=1, timeout=SLOTS_INTERVAL_S)
+                for reference in ready:
+                    group = pending.pop(reference)
+                    again: list[list[PlannedRun]] = []
+                    try:
+                        rows = ray.get(reference)
+                    except ray.exceptions.RayTaskError as error:
+                        last = str(error).strip().splitlines()[-1]
+                        raise EngineError(f"--engine ray: a task cannot take up its work: {last}") from error
+                    except ray.exceptions.RayError as error:
+                        first = str(error).strip().splitlines()[0]
+                        again, rows = after_death(group, work, f"with {type(error).__name__}: {first}")
+                    todo.extendleft(reversed(again))
+                    if rows:
+                        losses = [row["loss"] for row in rows if isinstance(row.get("loss"), float)]
+                        bar.add(group, model_steps(group), sum(losses) / len(losses) if losses else float("nan"))
+                        yield group, rows
+        finally:
+            for reference in pending:
+                with contextlib.suppress(Exception):
+                    ray.cancel(reference, force=True)
+
+    @property
+    def why_not_alone(self) -> str:
+        """A CPU's joules are those of a machine that other tasks may use."""
+        return "" if self.device == "cuda" else "takes --engine local on a CPU, whose joules are the whole machine's"
+
+    def alone(self, function: Callable[[], T]) -> T:
+        """Calls ``function`` in a task that has a whole GPU, so that its joules are its own."""
+        result: T = self._ray.get(self._task(_call, 1.0).remote(function))
+        return result
+
+    def _task(self, function: Callable[..., object], gpus: float) -> Any:
+        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "max_retries": RETRIES}
+        if gpus:
+            # By default Ray starts a process per GPU task, as one that has used a GPU cannot change to another. Here
+            # processes stay, see all GPUs of the node and take the one that Ray assigned.
+            options |= {"max_calls": 0, "runtime_env": {"env_vars": {OUR_GPU: "1"}}}
+        return self._ray.remote(**options)(function)
+
+    def _slots_now(self) -> int:
+        if time.monotonic() - self._looked >= SLOTS_INTERVAL_S:
+            total = self._ray.cluster_resources()
+            gpus = int(total.get("GPU", 0) / self._gpus) if self._gpus else int(total.get("CPU", 0))
+            self._slots, self._looked = max(1, min(gpus, int(total.get("CPU", 0)))), time.monotonic()
+        return self._slots
+
+    def _check_nodes(self) -> int | None:
+        """Asks a task for its version of moesaic and the memory of its device."""
+        ray = self._ray
+        try:
+            version, memory = ray.get(self._task(_look, self._gpus).remote(self.device))
+        except ray.exceptions.RayError as error:
+            last = str(error).strip().splitlines()[-1]
+            raise InputError(f"--engine ray: the nodes need moesaic {__version__} installed: {last}") from error
+        if version != __version__:
+            raise InputError(f"--engine ray: the nodes have moesaic {version}, this process has {__version__}")
+        return None if memory is None else int(memory * (self._gpus or 1.0))
+
+
+def _train(version: str, threads: int, group: Group, work: Work) -> list[Row]:
+    if version != __version__:
+        raise RuntimeError(f"this node has moesaic {__version__}, the driver has {version}")
+    _take_gpu()
+    _set_threads(threads)
+    return sendable_rows(group, work, _Unwatched())
+
+
+def _look(device: str) -> tuple[str, int | None]:
+    _take_gpu()
+    return __version__, environment.device_memory_bytes(device)
+
+
+def _call(function: Callable[[], T]) -> T:
+    _take_gpu()
+    return function()
+
+
+def _take_gpu() -> None:
+    """Makes the GPU that Ray assigned to this task the current one."""
+    import ray
+    import torch
+
+    assigned = ray.get_gpu_ids()
+    if assigned:
+        torch.cuda.set_device(visible_gpus().index(str(assigned[0])))
+
+
+def _set_threads(count: int) -> None:
+    import torch
+
+    torch.set_num_threads(count)
+    with contextlib.suppress(ImportError):
+        import numba
+
+        numba.set_num_threads(min(count, environment.usable_cores()))
+
+
+class _Unwatched:
+    """For tasks, which have no cheap way to tell the driver of their steps."""
+
+    def advance(self, group: Group) -> Callable[[int, float], None]:
+        return lambda steps, loss: None
+
+    def group_failed(self, *groups: Group) -> None:
+        pass

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+from moesaic.bench import engine_ray, engines
+from moesaic.bench.plan import InputError, PlannedRun, Row
+from moesaic.bench.spec import spec_preset
+from moesaic.bench.store import TIME_COLUMNS, RunStore
+from moesaic.bench.sweep import SweepResult, run_sweep
+
+ray: Any = pytest.importorskip("ray")
+pytestmark = pytest.mark.filterwarnings("default")  # Ray's own are not ours to mend
+
+SPEC = {"seeds": 5, "run": {"steps": 4, "batch_size": 2}, "grid": {"n_hidden": [1, 2], "lr": [0.1, 1e30]}}
+ON_RAY: dict[str, Any] = {"engine": "ray", "device": "cpu", "max_models": 2, "progress": False, "impl": "torch"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """Two slots that all sweeps join, so that their processes import torch once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the nodes do not have the tests
+        yield
+        ray.shutdown()
+
+
+def faulty(
+    group: Sequence[PlannedRun], *, device: str, impl: str, progress: Callable[[int, float], None], once: Path
+) -> list[Row]:
+    """Trains, but is killed at one group the first time, and raises at one run."""
+    from moesaic.bench.sweep import train_and_measure
+
+    for item in group:
+        if (item.run.toy.n_hidden, item.run.seed) == (2, 2) and once.is_dir() and not (once / "done").exists():
+            (once / "done").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (item.run.toy.n_hidden, item.run.seed) == (1, 3):
+            raise FloatingPointError("gone")
+    return train_and_measure(group, device=device, impl=impl, progress=progress)
+
+
+def deadly(group: Sequence[PlannedRun], **others: Any) -> list[Row]:
+    """Ends its process on one run."""
+    if any(item.run.seed == 1 for item in group):
+        os._exit(7)
+    return [{"run_key": item.run.key, "loss": 0.5} for item in group]
+
+
+def parquet(out: Path) -> list[tuple[object, ...]]:
+    found = duckdb.read_parquet(str(out / "runs.parquet")).project(f"* EXCLUDE ({', '.join(TIME_COLUMNS)})")
+    return [tuple(found.columns), tuple(map(str, found.types)), *found.fetchall()]
+
+
+def sweep(out: Path, spec: Mapping[str, object] = SPEC, **others: Any) -> SweepResult:
+    return run_sweep(spec_preset(spec), out, **{**ON_RAY, **others})
+
+
+def test_a_killed_worker_and_an_interrupted_driver_give_the_rows_of_the_local_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "once").mkdir()
+    append, appended = RunStore.append, list[int]()
+
+    def interrupted(self: RunStore, rows: Sequence[Mapping[str, object]]) -> list[Row]:
+        appended.append(len(rows))
+        if len(appended) == 4:
+            raise KeyboardInterrupt
+        return append(self, rows)
+
+    most, wait = [0], ray.wait
+
+    def counted(pending: list[Any], **others: Any) -> Any:
+        most[0] = max(most[0], len(pending))
+        return wait(pending, **others)
+
+    trainer = partial(faulty, once=tmp_path / "once")
+    monkeypatch.setattr(RunStore, "append", interrupted)
+    monkeypatch.setattr(ray, "wait", counted)
+    first = sweep(tmp_path / "ray", trainer=trainer)
+    assert first.interrupted
+    assert len(first.rows) < 20
+    result = sweep(tmp_path / "ray", trainer=trainer, resume=True)
+    assert (tmp_path / "once" / "done").exists()
+    assert most == [4]  # twice as many tasks as slots
+    assert len((tmp_path / "ray" / "runs.jsonl").read_text().splitlines()) == len(result.rows) == 20
+    errors = {(row["n_hidden"], row["seed"], row["lr"]): str(row["error"]) for row in result.failed}
+    assert errors[1, 3, 0.1].startswith("FloatingPointError: gone (test_engine_ray.py:")
+    assert " at step " in errors[2, 4, 1e30]
+    assert len(errors) == 11
+    sweep(tmp_path / "local", engine="local", trainer=partial(faulty, once=tmp_path / "no folder"))
+    assert parquet(tmp_path / "ray") == parquet(tmp_path / "local")
+    environment: Any = RunStore(tmp_path / "ray").environment()
+    assert environment["engine"]["version"] == ray.__version__
+    assert environment["engine"]["nodes"] == [socket.gethostname()]
+
+
+def test_a_run_that_always_ends_its_process_is_a_failed_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine_ray, "RETRIES", 0)
+    monkeypatch.setattr(engines, "RETRIES", 0)
+    result = sweep(tmp_path, {"seeds": 2, "run": {"steps": 4}}, trainer=deadly, progress=True)
+    assert [row["status"] for row in result.rows] == ["ok", "failed"]
+    error = str(result.rows[1]["error"])
+    assert error.startswith("the process that trained this run died 1 times; the last one with WorkerCrashedError")
+    assert "8.00/8.00" in capfd.readouterr().err
+
+
+def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="the Ray cluster has no GPU"):
+        sweep(out, device="cuda")
+    with pytest.raises(InputError, match="--device 'gpu': must be one of"):
+        sweep(out, device="gpu")
+    with pytest.raises(InputError, match=r"--gpus-per-task 0\.5: the device is cpu"):
+        sweep(out, gpus_per_task=0.5)
+    with pytest.raises(InputError, match="--energy: takes --engine local on a CPU"):
+        sweep(out, energy=True)
+    with pytest.raises(InputError, match="this process is connected to a Ray cluster already"):
+        sweep(out, address="auto")
+    with socket.socket() as unsendable, pytest.raises(InputError, match="the trainer cannot be sent"):
+        sweep(out, trainer=partial(deadly, socket=unsendable))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(InputError, match=f"--address {address}: no Ray cluster answers there: .*refused"):
+            engine_ray._connect(ray, engines.EngineChoice(name="ray", address=address))
+    monkeypatch.setattr(engine_ray, "__version__", "0.0.0")
+    with pytest.raises(InputError, match=r"the nodes have moesaic \S+, this process has 0\.0\.0"):
+        sweep(out)
+    with pytest.raises(RuntimeError, match=r"this node has moesaic 0\.0\.0, the driver has 9"):
+        engine_ray._train("9", 1, [], engines.Work(deadly, "cpu", "torch"))
+    assert not out.exists()
