@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,12 +28,18 @@ class InputError(ValueError):
     """What the user asked for cannot be done; raised before any training, shown without a traceback (exit code 2)."""
 
 
+def closest(name: str, allowed: Iterable[str]) -> str:
+    """The question whether the nearest of ``allowed`` was meant, to end a message with; empty where none is near."""
+    near = difflib.get_close_matches(name, list(allowed), n=1)
+    return f" - did you mean {near[0]!r}?" if near else ""
+
+
 @dataclass(frozen=True)
 class PlannedRun:
     """One model to train; ``labels`` (stage, dataset, comparison, …) become extra columns of its row."""
 
     run: Run
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str | int] = field(default_factory=dict)
 
 
 Stage = Callable[[list[Row]], list[PlannedRun]]
