@@ -119,12 +119,11 @@ class Sweep:
 
     def _plan(self) -> Answer:
         from moesaic.bench.plan_summary import summarize
-
         from moesaic.bench.presets import find_preset
 
         summary = summarize(
             find_preset(self.preset), quick=self.quick, seeds=self.seeds, device=self.device, impl=self.impl,
-            calibrate=self.calibrate, say=lambda line: print(line, file=sys.stderr, flush=True),
+            calibrate_rates=self.calibrate, say=lambda line: print(line, file=sys.stderr, flush=True),
         )  # fmt: skip
         return Answer(0, summary.record(), summary.text())
 
@@ -251,6 +250,9 @@ class Report:
     folder: Annotated[
         tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR", help="A folder that sweep or reproduce wrote.")
     ]
+    against: Annotated[
+        Path | None, tyro.conf.arg(metavar="DIR", help="Compare with this folder, seed by seed, and write only that.")
+    ] = None
     quick: QuickAlready = False
     json: Json = False
 
@@ -259,6 +261,12 @@ class Report:
         from moesaic.bench import environment
         from moesaic.bench.store import RunStore
 
+        if self.against is not None:
+            from moesaic.bench.against import compare_folders, write_against
+
+            found = compare_folders(self.folder, self.against)
+            path = write_against(found)
+            return Answer(0, {**found.record(), "report": path}, f"{found.text()}\n{path}")
         environment.require("matplotlib")
         rows = RunStore(self.folder).rows()
         if not rows:

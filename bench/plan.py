@@ -107,13 +107,19 @@ def training_bytes(run: Run) -> int:
     return sum(size for name, size in _memory(run).items() if name != "held_out")
 
 
+def needed_bytes(run: Run, part: str | None = None) -> int:
+    """About what a run needs, held-out batch included, in bytes; or one part of it, 0 where the run has none such."""
+    parts = _memory(run)
+    return sum(parts.values()) if part is None else parts.get(part, 0)
+
+
 def check_memory(planned: Sequence[PlannedRun], available: int | None) -> None:
     """Refuses runs that cannot fit into ``available`` bytes, by arithmetic alone; None means unknown, so all pass.
 
     Raises:
         InputError: naming the first such run, the bytes it needs and has, and the fields to lower.
     """
-    for item in planned:
+    for item in planned if available is not None else ():
         parts = _memory(item.run)
         needed = sum(parts.values())
         if available is not None and needed > available:

@@ -63,6 +63,8 @@ def with_dense(planned: Sequence[PlannedRun], to: Sequence[str], wall: WallWidth
     """
     labels = {item.run.key: dict(item.labels) for item in planned}
     runs = {item.run.key: item.run for item in planned}
+    # A dense model is the same under every gate but one, so one that is planned with another gate will do.
+    same = {dense_run(r, r.toy.n_hidden).key: key for key, r in runs.items() if _is_plain_dense(r)}
     equal: dict[str, dict[str, None]] = {}
     for item in planned:
         if item.run.toy.n_experts == 1:
@@ -72,13 +74,18 @@ def with_dense(planned: Sequence[PlannedRun], to: Sequence[str], wall: WallWidth
                 continue
             width = wall(item.run) if name == "wall" and wall is not None else width_at_equal(item.run, name)
             dense = dense_run(item.run, width)
-            runs.setdefault(dense.key, dense)
-            labels.setdefault(dense.key, {"stage": "main"})
+            key = same.setdefault(dense.key, dense.key)
+            if key not in runs:
+                runs[key], labels[key] = dense, {"stage": "main"}
             labels[item.run.key][COLUMN.format(name)] = width
-            equal.setdefault(dense.key, {})[MATCHES[name]] = None
+            equal.setdefault(key, {})[MATCHES[name]] = None
     for key, kinds in equal.items():
         labels[key]["comparison"] = "; ".join(kinds)
     return [PlannedRun(run, labels[key]) for key, run in runs.items()]
+
+
+def _is_plain_dense(run: Run) -> bool:
+    return run.toy.n_experts == 1 and not run.toy.shared_hidden and run.toy.gate != "sigmoid"
 
 
 def dense_run(run: Run, width: int) -> Run:

@@ -340,7 +340,7 @@ def _texts(part: ToyConfig | FeatureConfig | TrainConfig) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1024)
 def _power_law_mean(n: int, exponent: float) -> float:
-    return sum((i + 1) ** -exponent for i in range(n)) / n
+    return float(sum((i + 1) ** -exponent for i in range(n)) / n)
 
 
 _KINDS = {"int": int, "float": float, "str": str, "bool": bool}
