@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 from moesaic.bench.plan import Row
+from moesaic.bench.spec_match import COLUMN, MATCHES
 from moesaic.moe.config import FeatureConfig, ToyConfig, TrainConfig
 
 CONFIDENCE = 0.95
@@ -241,8 +243,10 @@ def _winner(difference: Estimate, *, lower_is_better: bool) -> str:
     return "MoE" if (difference.mean < 0) == lower_is_better else "dense"
 
 
-EQUAL_WIDTH = "equal total width"
-EQUAL_FLOPS = "equal active FLOPs"
+EQUAL_WIDTH, EQUAL_FLOPS = MATCHES["total_width"], MATCHES["active_flops"]
+PLANNED = {text: COLUMN.format(name) for name, text in MATCHES.items() if text not in (EQUAL_WIDTH, EQUAL_FLOPS)}
+"""Comparisons of mixtures with the dense runs that a spec's ``[match]`` planned for them, and the columns of widths."""
+KINDS = (EQUAL_WIDTH, EQUAL_FLOPS, *PLANNED)
 
 
 def in_grid(found: Sequence[Cell]) -> list[Cell]:
@@ -270,7 +274,7 @@ def comparisons(found: Sequence[Cell]) -> list[Comparison]:
     datasets = list(dict.fromkeys(c.dataset for c in found))
     return [
         Comparison(name, moe, dense, paired(moe, dense, LOSS), paired(moe, dense, DIMENSIONALITY))
-        for name, partner in ((EQUAL_WIDTH, _equal_width), (EQUAL_FLOPS, _equal_flops))
+        for name, partner in _PARTNERS.items()
         for moe in sorted(in_grid(found), key=lambda c: datasets.index(c.dataset))
         if moe.is_moe
         if (dense := partner(moe, [c for c in dense_cells if comparable(moe, c)])) is not None
@@ -289,6 +293,18 @@ def _equal_flops(moe: Cell, dense: Sequence[Cell]) -> Cell | None:
 
     near = [c for c in dense if off(c) <= FLOPS_TOLERANCE]
     return min(near, key=off, default=None)
+
+
+def _planned(column: str, moe: Cell, dense: Sequence[Cell]) -> Cell | None:
+    width = moe.value(column)
+    return next((c for c in dense if width is not None and c.value("n_hidden") == width), None)
+
+
+_PARTNERS: dict[str, Callable[[Cell, Sequence[Cell]], Cell | None]] = {
+    EQUAL_WIDTH: _equal_width,
+    EQUAL_FLOPS: _equal_flops,
+    **{kind: partial(_planned, column) for kind, column in PLANNED.items()},
+}
 
 
 def pareto_front(points: Sequence[Sequence[float]]) -> list[bool]:

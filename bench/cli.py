@@ -78,8 +78,11 @@ class Sweep:
     preset: Annotated[
         tyro.conf.Positional[str],
         tyro.conf.arg(metavar="PRESET|SPEC.toml", help="Preset: tradeoff, phase, million or middle-path; or a file."),
-    ]
-    out: Out
+    ] = ""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help="Run folder; made if missing.")] = None
+    init: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="Write a commented spec to begin with.")] = None
+    plan: Annotated[bool, tyro.conf.arg(help="Say what would be trained and what it takes; train nothing.")] = False
+    calibrate: Annotated[bool, tyro.conf.arg(help="With --plan: measure the seconds that are not known yet.")] = False
     device: Device = "auto"
     engine: Annotated[str, tyro.conf.arg(metavar="NAME", help="Where runs are computed: local or ray.")] = "local"
     workers: Annotated[
@@ -100,7 +103,41 @@ class Sweep:
     impl: Impl = "auto"
 
     def run(self, argv: Sequence[str]) -> Answer:
-        """Sweeps, then reports."""
+        """Sweeps, then reports; or plans, or writes a spec."""
+        if self.init is not None:
+            return self._init(self.init)
+        if not self.preset:
+            raise InputError(
+                "sweep: name a preset or a spec, PRESET|SPEC.toml; --init FILE writes a spec to begin with"
+            )
+        if self.plan:
+            return self._plan()
+        if self.calibrate:
+            raise InputError("--calibrate: belongs to --plan")
+        if self.out is None:
+            raise InputError("sweep: name the run folder, --out DIR")
+        return self._sweep(self.out, argv)
+
+    def _init(self, path: Path) -> Answer:
+        from moesaic.bench.spec_example import write_example
+
+        if self.preset or self.out is not None or self.plan:
+            raise InputError("--init: writes a file and does nothing else; leave the other arguments out")
+        write_example(path)
+        following = shlex.join(["moesaic", "sweep", str(path), "--out", str(Path("runs") / path.stem)])
+        return Answer(0, {"spec": path, "next": following}, f"{path} is written; next: {following}")
+
+    def _plan(self) -> Answer:
+        from moesaic.bench.plan_summary import summarize
+        from moesaic.bench.presets import find_preset
+
+        summary = summarize(
+            find_preset(self.preset), quick=self.quick, seeds=self.seeds, device=self.device, impl=self.impl,
+            calibrate_rates=self.calibrate, say=lambda line: print(line, file=sys.stderr, flush=True),
+        )  # fmt: skip
+        return Answer(0, summary.record(), summary.text())
+
+    def _sweep(self, out: Path, argv: Sequence[str]) -> Answer:
         from moesaic.bench import environment
 
         environment.require("matplotlib")  # only the report needs it, but nobody wants to hear that after the training
@@ -109,7 +146,7 @@ class Sweep:
         from moesaic.bench.sweep import run_sweep
 
         result = run_sweep(
-            find_preset(self.preset), self.out, quick=self.quick, seeds=self.seeds, device=self.device, impl=self.impl,
+            find_preset(self.preset), out, quick=self.quick, seeds=self.seeds, device=self.device, impl=self.impl,
             resume=self.resume, energy=self.energy, argv=argv, engine=self.engine, workers=self.workers,
             address=self.address, gpus_per_task=self.gpus_per_task,
         )  # fmt: skip
@@ -145,8 +182,8 @@ class Reproduce:
 
     def run(self, argv: Sequence[str]) -> Answer:
         """Reproduces and compares."""
+        from moesaic.bench.plan import closest
         from moesaic.bench.reproduce import REPRODUCTIONS, reproduce
-        from moesaic.bench.spec import closest
 
         if self.name not in REPRODUCTIONS:
             near, names = closest(self.name, REPRODUCTIONS), ", ".join(REPRODUCTIONS)
@@ -189,12 +226,42 @@ class Bench:
 
 
 @dataclass(frozen=True)
+class Query:
+    """Ask the rows of a run folder in SQL, by DuckDB; nothing is written."""
+
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR", help="A folder that sweep wrote.")]
+    sql: Annotated[
+        tyro.conf.Positional[str],
+        tyro.conf.arg(metavar="SQL", help="From the table runs, and energy where a sweep was measured."),
+    ]
+    csv: Annotated[bool, tyro.conf.arg(help="Print CSV in place of a table.")] = False
+    quick: QuickAlready = False
+    json: Json = False
+
+    def run(self, argv: Sequence[str]) -> Answer:
+        """Asks."""
+        from moesaic.bench import environment
+
+        if self.csv and self.json:
+            raise InputError("query: takes --csv or --json, not both")
+        environment.require("duckdb")
+        from moesaic.bench.query import query
+
+        found = query(self.folder, self.sql)
+        data: dict[str, object] = {"columns": found.columns, "types": found.types, "rows": found.records()}
+        return Answer(0, data, found.csv() if self.csv else found.text())
+
+
+@dataclass(frozen=True)
 class Report:
-    """Draw the figures and report.html of a run folder again."""
+    """Draw the figures and report.html of a run folder again, or compare it with another one."""
 
     folder: Annotated[
         tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR", help="A folder that sweep or reproduce wrote.")
     ]
+    against: Annotated[
+        Path | None, tyro.conf.arg(metavar="DIR", help="Compare with this folder, seed by seed, and write only that.")
+    ] = None
     quick: QuickAlready = False
     json: Json = False
 
@@ -203,6 +270,12 @@ class Report:
         from moesaic.bench import environment
         from moesaic.bench.store import RunStore
 
+        if self.against is not None:
+            from moesaic.bench.against import compare_folders, write_against
+
+            found = compare_folders(self.folder, self.against)
+            path = write_against(found)
+            return Answer(0, {**found.record(), "report": path}, f"{found.text()}\n{path}")
         environment.require("matplotlib")
         rows = RunStore(self.folder).rows()
         if not rows:
@@ -213,7 +286,14 @@ class Report:
         return Answer(0, {"out": self.folder, "runs": len(rows), "report": report}, str(report))
 
 
-COMMANDS: dict[str, Any] = {"doctor": Doctor, "sweep": Sweep, "reproduce": Reproduce, "bench": Bench, "report": Report}
+COMMANDS: dict[str, Any] = {
+    "doctor": Doctor,
+    "sweep": Sweep,
+    "reproduce": Reproduce,
+    "bench": Bench,
+    "report": Report,
+    "query": Query,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

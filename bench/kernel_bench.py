@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.bench import environment
 from moesaic.bench.interleave import equal_threads
-from moesaic.bench.plan import InputError, Row
-from moesaic.bench.spec import closest
+from moesaic.bench.plan import InputError, Row, closest
 from moesaic.bench.store import jsonable, replace_file
 
 if TYPE_CHECKING:

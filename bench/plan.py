@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,12 +28,18 @@ class InputError(ValueError):
     """What the user asked for cannot be done; raised before any training, shown without a traceback (exit code 2)."""
 
 
+def closest(name: str, allowed: Iterable[str]) -> str:
+    """The question whether the nearest of ``allowed`` was meant, to end a message with; empty where none is near."""
+    near = difflib.get_close_matches(name, list(allowed), n=1)
+    return f" - did you mean {near[0]!r}?" if near else ""
+
+
 @dataclass(frozen=True)
 class PlannedRun:
     """One model to train; ``labels`` (stage, dataset, comparison, …) become extra columns of its row."""
 
     run: Run
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str | int] = field(default_factory=dict)
 
 
 Stage = Callable[[list[Row]], list[PlannedRun]]
@@ -100,13 +107,19 @@ def training_bytes(run: Run) -> int:
     return sum(size for name, size in _memory(run).items() if name != "held_out")
 
 
+def needed_bytes(run: Run, part: str | None = None) -> int:
+    """About what a run needs, held-out batch included, in bytes; or one part of it, 0 where the run has none such."""
+    parts = _memory(run)
+    return sum(parts.values()) if part is None else parts.get(part, 0)
+
+
 def check_memory(planned: Sequence[PlannedRun], available: int | None) -> None:
     """Refuses runs that cannot fit into ``available`` bytes, by arithmetic alone; None means unknown, so all pass.
 
     Raises:
         InputError: naming the first such run, the bytes it needs and has, and the fields to lower.
     """
-    for item in planned:
+    for item in planned if available is not None else ():
         parts = _memory(item.run)
         needed = sum(parts.values())
         if available is not None and needed > available:

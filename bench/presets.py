@@ -6,9 +6,9 @@ from pathlib import Path
 
 from moesaic.bench.middle_path import MIDDLE_PATH
 from moesaic.bench.million import MILLION
-from moesaic.bench.plan import InputError, Preset
+from moesaic.bench.plan import InputError, Preset, closest
 from moesaic.bench.reproduce.phase_plan import PHASE
-from moesaic.bench.spec import closest, load_spec
+from moesaic.bench.spec import load_spec
 from moesaic.bench.tradeoff import TRADEOFF
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (TRADEOFF, PHASE, MILLION, MIDDLE_PATH)}

@@ -168,7 +168,7 @@ def result_table(rows: Sequence[Row]) -> str:
         flops = next((f for c in here.values() if math.isfinite(f := c.mean("active_flops"))), math.nan)
         losses = [interval(here[d].estimate(LOSS)) if d in here else "" for d in shown]
         lines.append([_cut(name, 60), si(flops) if math.isfinite(flops) else "n/a", *losses])
-    text = _aligned(lines)
+    text = aligned(lines)
     text.append(
         "unexplained variance of held-out data, ± 95 % t-interval over seeds; FLOPs per sample, forward + backward"
     )
@@ -188,7 +188,7 @@ def result_table(rows: Sequence[Row]) -> str:
     return "\n".join(text)
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     """The first column flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines]

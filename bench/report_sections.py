@@ -12,6 +12,7 @@ from moesaic.bench.analysis import (
     DIMENSIONALITY,
     EQUAL_FLOPS,
     EQUAL_WIDTH,
+    KINDS,
     LOSS,
     Cell,
     Comparison,
@@ -23,6 +24,7 @@ from moesaic.bench.analysis import (
 )
 from moesaic.bench.plan import Row
 from moesaic.bench.report_page import Column, escape, table
+from moesaic.bench.spec_match import MATCHES
 from moesaic.bench.words import interval, si
 
 SLOWEST = 8
@@ -30,22 +32,23 @@ SLOWEST = 8
 MAX_FAILED = 100
 """Most lines of the table of failed runs."""
 
-_KINDS = (
-    (EQUAL_WIDTH, "Every hidden unit counts, active or not."),
-    (
-        EQUAL_FLOPS,
-        "Encode + router + decode, forward + backward, per sample. The dense width is an integer: the ratio says "
-        "how near.",
-    ),
-)
+_NOTES = {
+    EQUAL_WIDTH: "Every hidden unit counts, active or not.",
+    EQUAL_FLOPS: "Encode + router + decode, forward + backward, per sample. The dense width is an integer: the ratio "
+    "says how near.",
+    MATCHES["active_width"]: "The hidden units that compute for one sample.",
+    MATCHES["parameters"]: "Encoders, decoders, biases and router.",
+    MATCHES["bytes"]: "Counted from shapes, of training in batches, optimiser included.",
+    MATCHES["wall"]: "Seconds of a training step, timed in turn before the sweep; environment.json has them.",
+}
 
 
 def words_section(words: str) -> str:
-    """The paragraph in plain words, its two comparisons in bold; nothing where there is none."""
+    """The paragraph in plain words, its comparisons in bold; nothing where there is none."""
     if not words:
         return ""
     text = escape(words)
-    for phrase in (f"At {EQUAL_WIDTH}", f"At {EQUAL_FLOPS}"):
+    for phrase in (f"At {kind}" for kind in KINDS):
         text = text.replace(phrase, f"<b>{phrase}</b>")
     return f'<h2>In plain words</h2><p class="words">{text}</p>'
 
@@ -106,7 +109,7 @@ def comparison_section(compared: Sequence[Comparison]) -> str:
         Column("less superposed", "text"), Column("FLOPs MoE / dense"),
     ]  # fmt: skip
     parts = []
-    for kind, note in _KINDS:
+    for kind in KINDS:
         lines = [
             (
                 c.moe.dataset, c.moe.architecture, c.dense.architecture, interval(c.moe.estimate(LOSS), 4),
@@ -118,7 +121,7 @@ def comparison_section(compared: Sequence[Comparison]) -> str:
             if c.matched_by == kind
         ]  # fmt: skip
         if lines:
-            note = f"{note} Differences are MoE minus dense, paired by seed."
+            note = f"{_NOTES[kind]} Differences are MoE minus dense, paired by seed."
             parts.append(f"<h2>MoE against dense at {escape(kind)}</h2><p>{escape(note)}</p>{table(columns, lines)}")
     return "\n".join(parts)
 

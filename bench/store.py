@@ -80,6 +80,7 @@ class RunStore:
         self.path = self.folder / "runs.jsonl"
         self.parquet = self.folder / "runs.parquet"
         self.environment_path = self.folder / "environment.json"
+        self.energy_path = self.folder / ENERGY_FILE
         self._known: dict[str, Row] | None = None
         self._whole = 0  # bytes of whole rows
         self._size = 0  # bytes in all, a torn last line included
@@ -102,7 +103,7 @@ class RunStore:
         Raises:
             InputError: the file is damaged.
         """
-        path = self.folder / ENERGY_FILE
+        path = self.energy_path
         if not path.exists():
             return None
         try:
@@ -272,19 +273,23 @@ def jsonable(value: object) -> object:
     return jsonable(to_list())
 
 
-def write_parquet(rows: Sequence[Row], target: Path) -> None:
-    """Writes ``rows`` in the given order to ``target`` with `columns` first; replaces the file whole."""
-    import duckdb
-
-    stated = columns()
+def column_types(rows: Sequence[Row], stated: Mapping[str, str] | None = None) -> dict[str, str]:
+    """DuckDB's type of every column of ``rows``: the ``stated`` ones first, by default `columns`, then by name."""
+    stated = columns() if stated is None else stated
     types = dict(stated)
     for row in rows:
         for name, value in row.items():
             kind = _type_of(value)
             if types.get(name) != kind:
                 types[name] = _join(types.get(name, ""), kind)
-    names = [*stated, *sorted(types.keys() - stated.keys())]
-    struct = ", ".join(f"{_quote(name)}: {_quote(_settled(types[name]))}" for name in names)
+    return {name: _settled(types[name]) for name in [*stated, *sorted(types.keys() - stated.keys())]}
+
+
+def write_parquet(rows: Sequence[Row], target: Path) -> None:
+    """Writes ``rows`` in the given order to ``target`` with `columns` first; replaces the file whole."""
+    import duckdb
+
+    struct = ", ".join(f"{_quote(name)}: {_quote(kind)}" for name, kind in column_types(rows).items())
     source = target.with_name(f".{target.name}.rows")
 
     def write_lines() -> int:

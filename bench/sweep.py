@@ -33,10 +33,13 @@ from moesaic.bench.plan import (
     unique,
 )
 from moesaic.bench.progress import Progress
+from moesaic.bench.spec import SpecPreset, SweepSpec
 from moesaic.bench.store import RunStore
 from moesaic.bench.sweep_energy import check_cells, measure_sweep
 
 if TYPE_CHECKING:
+    import duckdb
+
     from moesaic.moe import Run, TrainResult
 
 MAX_MODELS = 64
@@ -96,6 +99,17 @@ class SweepResult:
     out: Path
     interrupted: bool = False
 
+    def table(self) -> duckdb.DuckDBPyRelation:
+        """The rows as a DuckDB relation named ``runs``, with the types that they have in ``runs.parquet``.
+
+        ``.filter("status = 'ok'").aggregate("n_experts, avg(loss)")`` asks it, ``.fetchnumpy()`` gives a dict of
+        columns, ``.fetchall()`` tuples, and ``.df()``, ``.pl()`` and ``.arrow()`` what pandas, Polars and PyArrow make
+        of it where they are installed. It is a copy: it stays as it is when the folder changes.
+        """
+        from moesaic.bench.query import table_of
+
+        return table_of(self.rows)
+
     @property
     def failed(self) -> list[Row]:
         """Rows of the runs that have no result; ``error`` says why."""
@@ -103,8 +117,8 @@ class SweepResult:
 
 
 def run_sweep(
-    preset: Preset,
-    out: Path,
+    preset: Preset | SweepSpec,
+    out: Path | str,
     *,
     quick: bool = False,
     seeds: int | None = None,
@@ -128,7 +142,7 @@ def run_sweep(
     Ctrl-C ends it in order: what is finished stays and ``resume=True`` continues.
 
     Args:
-        preset: what to run.
+        preset: what to run: a preset, or a `SweepSpec`.
         out: the run folder; made if missing.
         quick: the preset's small version.
         seeds: seeds per configuration in place of the preset's own number.
@@ -159,6 +173,8 @@ def run_sweep(
     environment.require("duckdb", "tqdm")
     if seeds is not None and seeds < 1:
         raise InputError(f"seeds = {seeds}: must be an integer >= 1")
+    out = Path(out)
+    preset = preset.preset() if isinstance(preset, SweepSpec) else preset
     if isinstance(preset, StackPreset):
         trainer, max_models = trainer or trainer_with(preset.columns), max_models or preset.max_models
     elif isinstance(preset, TrainerPreset):
@@ -167,7 +183,7 @@ def run_sweep(
                 f"--engine ray: {preset.name} keeps checkpoints in the run folder, which the nodes of a cluster do not "
                 "have; takes --engine local, with --workers N for several at once"
             )
-        trainer, max_models = trainer or preset.trainer(Path(out)), max_models or preset.max_models
+        trainer, max_models = trainer or preset.trainer(out), max_models or preset.max_models
     trainer, max_models = trainer or train_and_measure, max_models or MAX_MODELS
     with start_engine(choice, device, trainer) as started, RunLock(out) as lock:
         work = Work(trainer, started.device, impl)
@@ -183,6 +199,8 @@ def _sweep(
 ) -> SweepResult:  # fmt: skip
     device, impl, memory = work.device, work.impl, engine.memory
     check_impl(impl, device)
+    say = _say if progress else _silent
+    preset, measured = _calibrated(preset, out, quick, seeds, device, impl, max_models, say)
     if energy:
         check_cells(preset, quick, seeds)
         if engine.why_not_alone:
@@ -192,7 +210,7 @@ def _sweep(
     check_memory(first, memory)
     request = {
         "moesaic": __version__, "preset": preset.name,
-        "spec": preset.spec, "quick": quick, "seeds": seeds, "device": device, "impl": impl,
+        "spec": preset.spec, "quick": quick, "seeds": seeds, "device": device, "impl": impl, **measured,
     }  # fmt: skip
     request["plan_hash"] = _plan_hash(preset, request, first)
     store = open_store(out, request, resume, {**environment.environment(argv), "engine": engine.facts}, lock)
@@ -203,7 +221,7 @@ def _sweep(
     appended: Callable[[Sequence[Row]], None] = _nothing
     compiles, compiled = impl != "torch" and device == "cpu" and engine.shares_cache, set[object]()
     if isinstance(preset, TrainerPreset):
-        compiles, appended = False, partial(preset.appended, Path(out))
+        compiles, appended = False, partial(preset.appended, out)
     compiles = compiles and _is_ours(work.trainer)
     with Progress(enabled=progress) as bar:
         try:
@@ -227,7 +245,6 @@ def _sweep(
             interrupted = True
     if energy and not interrupted:
         try:
-            say = _say if progress else _silent
             measure_sweep(store, device=device, impl=impl, quick=quick, say=say, alone=engine.alone)
             by_key = {row["run_key"]: row for row in store.rows()}
             rows = [by_key[item.run.key] for item in planned]
@@ -238,7 +255,32 @@ def _sweep(
         rows = store.rows()
     else:
         store.write_environment({**(store.environment() or {}), "ended": environment.now()})
-    return SweepResult(rows, Path(out), interrupted)
+    return SweepResult(rows, out, interrupted)
+
+
+def _calibrated(
+    preset: Preset, out: Path, quick: bool, seeds: int | None, device: str, impl: str, max_models: int,
+    say: Callable[[str], None],
+) -> tuple[Preset, Row]:  # fmt: skip
+    """The preset with all of its runs known, and what ``environment.json`` keeps of the timings that took, if any.
+
+    A folder's own timings are taken where it has them, so that a resumed sweep plans the same widths.
+    """
+    if not isinstance(preset, SpecPreset) or preset.calibrated is None:
+        return preset, {}
+    mixtures = preset.mixtures(quick, seeds)
+    if not mixtures:
+        return preset, {}
+    from moesaic.bench.rates import calibrate_wall, covers
+
+    store = RunStore(out)
+    timings = (store.environment() or {}).get("calibration")
+    if not covers(timings, mixtures, device, impl):
+        if store.keys():
+            raise InputError(f"--out {out}: holds rows, but no timings for this spec's match 'wall': name another")
+        timings = calibrate_wall(mixtures, device=device, impl=impl, max_models=max_models, say=say)
+    assert isinstance(timings, dict)
+    return preset.calibrated(timings), {"calibration": timings}
 
 
 def train_and_measure(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moesaic.bench.analysis import CONFIDENCE, EQUAL_FLOPS, EQUAL_WIDTH, LOSS, Cell, Comparison, Estimate, paired
+from moesaic.bench.analysis import CONFIDENCE, KINDS, LOSS, Cell, Comparison, Estimate, paired
 
 
 def plain_words(found: Sequence[Cell], compared: Sequence[Comparison]) -> str:
-    """One paragraph: who wins at equal total width and at equal active FLOPs, and who shares dimensions less.
+    """One paragraph: who wins in each kind of comparison, at equal total width first, and who shares dimensions less.
 
     A side wins where the 95 % t-interval of the loss difference, paired by seed, excludes zero; elsewhere the text says
     "not resolved". Empty where no MoE has a dense partner.
@@ -16,7 +16,7 @@ def plain_words(found: Sequence[Cell], compared: Sequence[Comparison]) -> str:
     if not compared:
         return ""
     sentences = []
-    for kind in (EQUAL_WIDTH, EQUAL_FLOPS):
+    for kind in KINDS:
         members = [c for c in compared if c.matched_by == kind]
         if not members:
             continue
@@ -154,7 +154,7 @@ def interval(value: Estimate, digits: int = 3, *, signed: bool = False) -> str:
 def result_lines(found: Sequence[Cell], compared: Sequence[Comparison]) -> list[str]:
     """The short verdict under the terminal's table: one line per kind of comparison."""
     lines = []
-    for kind in (EQUAL_WIDTH, EQUAL_FLOPS):
+    for kind in KINDS:
         members = [c for c in compared if c.matched_by == kind]
         if members:
             lines.append(f"{kind}: {_tally(members)}")

@@ -9,7 +9,7 @@ import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 GATES = ("paper", "switch", "sigmoid", "straight_through", "random", "oracle")
@@ -269,7 +269,7 @@ class Run:
         if self.features.n_active > n:
             raise ValueError(f"n_active={self.features.n_active}: takes 1 to n_features={n}")
         if self.features.features == "power_law":
-            mean = sum((i + 1) ** -self.features.power_law_exponent for i in range(n)) / n
+            mean = _power_law_mean(n, self.features.power_law_exponent)
             if self.features.feature_probability / mean > 1:
                 raise ValueError(
                     f"feature_probability={self.features.feature_probability!r}: takes at most {mean:.4g} with "
@@ -305,10 +305,9 @@ class Run:
 
         Fields that came later are left out where they have their default, so that keys of older rows stay.
         """
-        later = {name: getattr(TrainConfig, name) for name in _LATER}
-        values = {name: value for name, value in self.flat().items() if name not in later or value != later[name]}
-        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        seed = f'"seed":{self.seed}'
+        text = ",".join(sorted([*_texts(self.toy), *_texts(self.features), *_texts(self.training), seed]))
+        return hashlib.sha256(f"{{{text}}}".encode()).hexdigest()
 
     @property
     def group(self) -> tuple[Any, ...]:
@@ -318,6 +317,30 @@ class Run:
             toy.n_features, toy.n_hidden, toy.n_experts, toy.top_k, toy.shared_hidden, toy.tied,
             self.training.steps, self.training.batch_size,
         )  # fmt: skip
+
+
+_SEEN: dict[int, tuple[object, tuple[str, ...]]] = {}
+_MOST_SEEN = 1 << 12
+
+
+def _texts(part: ToyConfig | FeatureConfig | TrainConfig) -> tuple[str, ...]:
+    """Return the fields of a part that count for a key, each as in a JSON object.
+
+    A plan's runs share their parts, so what was seen lately is kept: by identity, since 0.0 and −0.0 are equal but have
+    keys of their own, and with the part, whose identity no other one can get meanwhile.
+    """
+    seen = _SEEN.get(id(part))
+    if seen is None or seen[0] is not part:
+        if len(_SEEN) >= _MOST_SEEN:
+            _SEEN.clear()
+        kept = {n: v for n, v in vars(part).items() if n not in _LATER or v != getattr(TrainConfig, n)}
+        seen = _SEEN[id(part)] = part, tuple(f'"{name}":{json.dumps(value)}' for name, value in kept.items())
+    return seen[1]
+
+
+@lru_cache(maxsize=1024)
+def _power_law_mean(n: int, exponent: float) -> float:
+    return float(sum((i + 1) ** -exponent for i in range(n)) / n)
 
 
 _KINDS = {"int": int, "float": float, "str": str, "bool": bool}

@@ -117,7 +117,14 @@ def test_bad_input_exits_2_before_training_with_and_without_json(
         ("sweep", spec, *out, "--impl", "jax"): "must be one of auto, numba, triton, torch",
         ("sweep", spec, *out, "--seeds", "0"): "must be an integer >= 1",
         ("sweep", spec, *out, "--seeds", "x"): "--seeds",
-        ("sweep", spec): "--out",
+        ("sweep", spec): "--out DIR",
+        ("sweep", *out): "name a preset or a spec",
+        ("sweep", spec, *out, "--calibrate"): "belongs to --plan",
+        ("sweep", "--init", spec): "is there already",
+        ("sweep", spec, "--init", tmp_path / "new.toml"): "leave the other arguments out",
+        ("sweep", spec, "--plan", "--device", "gpu"): "must be one of auto, cpu, cuda",
+        ("query", tmp_path / "absent", "SELECT 1"): "no runs.jsonl with rows",
+        ("report", tmp_path / "absent", "--against", tmp_path): "no runs.jsonl with rows",
         ("sweep", spec, *out, "--fast"): "--fast",
         ("reproduce", "closed-from", *out): "did you mean 'closed-form'?; there are: closed-form, ",
         ("report", tmp_path / "absent"): "no runs.jsonl with rows",
@@ -142,12 +149,28 @@ def test_every_command_takes_quick_and_json_and_says_what_quick_does(
     for name in cli.COMMANDS:
         code, out, _ = call(capfd, name, "--help")
         assert (code, "--quick" in out, "--json" in out) == (0, True, True), name
-        words = "nothing is left out" if name in ("doctor", "report") else "fewer points"
+        words = "nothing is left out" if name in ("doctor", "report", "query") else "fewer points"
         assert words in " ".join(out.translate(str.maketrans("│", " ")).split()), name
     assert call(capfd, "doctor", "--quick", "--json")[0] == 0
     assert call(capfd, "sweep", spec, "--out", tmp_path / "out", "--device", "cpu")[0] == 0
     code, out, _ = call(capfd, "report", tmp_path / "out", "--quick", "--json")
     assert (code, json.loads(out)["runs"]) == (0, 4)
+
+
+def test_init_writes_a_spec_and_says_the_next_command_and_plan_trains_nothing(
+    spec: Path, tmp_path: Path, fake: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.toml"
+    code, out, _ = call(capfd, "sweep", "--init", path)
+    assert (code, out) == (0, f"{path} is written; next: moesaic sweep {path} --out runs/mine\n")
+    code, out, _ = call(capfd, "sweep", path, "--plan", "--device", "cpu", "--json")
+    record = json.loads(out)
+    assert (code, record["runs"], record["preset"]) == (0, 84, "mine")
+    code, out, _ = call(capfd, "sweep", spec, "--plan", "--seeds", 3, "--device", "cpu")
+    assert code == 0
+    assert "6 runs in 2 stacks" in out
+    assert fake == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.toml", "tiny.toml"]
 
 
 def test_a_damaged_environment_file_exits_2_on_resume(

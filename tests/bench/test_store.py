@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 import duckdb
@@ -276,3 +277,23 @@ def test_an_environment_that_is_no_object_is_bad_input(text: str, tmp_path: Path
     (tmp_path / "environment.json").write_text(text)
     with pytest.raises(InputError, match=r"environment\.json holds a JSON (list|int|NoneType)"):
         RunStore(tmp_path).environment()
+
+
+def test_appending_takes_no_longer_however_many_rows_are_there(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+
+    def seconds(first: int) -> float:
+        """Of the fastest of some groups: the disk has slow moments."""
+        taken = []
+        for group in range(10):
+            rows = [{"run_key": f"{first + group}-{i}", "loss": 0.5, "usage": [0.25] * 4} for i in range(8)]
+            start = time.process_time()
+            store.append(rows)
+            taken.append(time.process_time() - start)
+        return min(taken)
+
+    few = seconds(0)
+    store.append([{"run_key": f"many-{i}"} for i in range(20_000)])
+    # What looked at every row would take some milliseconds, a hundred times as long.
+    assert seconds(100) < 5 * few + 1e-3
+    assert len(RunStore(tmp_path).keys()) == 20_160

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 from moesaic.bench.engines import reason
 from moesaic.bench.plan import InputError, PlannedRun, Preset, Row, Stage
-from moesaic.bench.spec import spec_preset
+from moesaic.bench.rates import calibrate_wall
+from moesaic.bench.spec import SweepSpec, spec_preset
 from moesaic.bench.store import TIME_COLUMNS, RunStore
 from moesaic.bench.sweep import SweepResult, compile_cpu_trainer, compiled_alike, run_sweep
 from moesaic.moe.config import FeatureConfig, Run, ToyConfig, TrainConfig
@@ -55,6 +57,52 @@ def sweep(
 def parquet(out: Path) -> list[tuple[object, ...]]:
     found = duckdb.read_parquet(str(out / "runs.parquet")).project(f"* EXCLUDE ({', '.join(TIME_COLUMNS)})")
     return [tuple(found.columns), tuple(map(str, found.types)), *found.fetchall()]
+
+
+WALL: dict[str, object] = {
+    "seeds": 2, "run": {"steps": 4, "batch_size": 2, "gate": "switch"}, "grid": {"n_experts": [2, 4]},
+    "match": {"to": ["wall"]},
+}  # fmt: skip
+
+
+def test_widths_of_equal_wall_time_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+
+    def seconds(stacks: Any, device: str, impl: str) -> dict[Any, float]:
+        measured.append(len(stacks))
+        # Another clock every time, so that timing again would plan other widths.
+        return {n: len(measured) * r[0].toy.n_experts + r[0].toy.n_hidden / 2 for n, r in stacks.items()}
+
+    monkeypatch.setattr("moesaic.bench.rates.calibrate_wall", partial(calibrate_wall, measure=seconds))
+    faulty = Fake()
+
+    def interrupt(group: Sequence[PlannedRun]) -> None:
+        if len(faulty.groups) == 2:
+            raise KeyboardInterrupt
+
+    faulty.fault = interrupt
+    assert sweep(tmp_path, faulty, spec=WALL).interrupted
+    assert len(measured) == 1
+    held = (RunStore(tmp_path).environment() or {})["calibration"]
+    rows = sweep(tmp_path, spec=WALL, resume=True).rows
+    assert len(measured) == 1
+    assert (RunStore(tmp_path).environment() or {})["calibration"] == held
+    widths = {(r["n_experts"], r["match_wall"]) for r in rows if "match_wall" in r}
+    # E + 1 = 1 + m/2: every stack's seconds are divided by its models alike.
+    assert widths == {(2, 4), (4, 8)}
+    assert {r["n_hidden"] for r in rows if r.get("comparison") == "equal wall time"} == {4, 8}
+    with pytest.raises(InputError, match="no timings for this spec"):
+        sweep(tmp_path, spec={**WALL, "grid": {"n_experts": [2, 3]}}, resume=True)
+    assert len(measured) == 1
+
+
+def test_a_spec_of_python_is_swept_and_its_rows_are_a_table(tmp_path: Path) -> None:
+    spec = SweepSpec(run={"steps": 4, "batch_size": 2}, grid={"n_hidden": range(1, 4)}, seeds=2)
+    result = run_sweep(spec, str(tmp_path / "out"), device="cpu", progress=False, trainer=Fake())
+    assert result.table().aggregate("n_hidden, count(*) AS n", "n_hidden").order("n_hidden").fetchall() == [
+        (1, 2), (2, 2), (3, 2),
+    ]  # fmt: skip
+    assert (RunStore(tmp_path / "out").environment() or {})["spec"] == spec.mapping()
 
 
 def test_every_planned_run_becomes_one_row_in_plan_order(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_stages_have_equal_architectures_and_disjoint_seeds(quick: bool) -> None
         assert {item.run.training.schedule for item in plan} == {"cosine"}
         assert {item.run.training.batch_size for item in plan} == {256}
         assert {(item.run.toy.n_features, item.run.toy.parametrization) for item in plan} == {(128, "small")}
-        assert all(item.run.features == DATASETS[item.labels["dataset"]] for item in plan)
+        assert all(item.run.features == DATASETS[str(item.labels["dataset"])] for item in plan)
     names = [(item.labels["dataset"], item.labels["architecture"]) for item in second]
     assert set(names) == {(item.labels["dataset"], item.labels["architecture"]) for item in first}
     assert set(Counter(names).values()) == {3}
@@ -88,7 +88,7 @@ def test_the_main_stage_takes_each_architectures_best_rate_on_each_data_set() ->
     best = {("C", "dense m=8"): 0.03, ("D", "dense m=8"): 0.003}
     rows = []
     for item in tune([]):
-        key = (item.labels["dataset"], item.labels["architecture"])
+        key = (str(item.labels["dataset"]), str(item.labels["architecture"]))
         rows.append(result(item, 0.1 if item.run.training.lr == best.get(key, 0.01) else 0.2))
     chosen = {(item.labels["dataset"], item.labels["architecture"]): item.run.training.lr for item in main(rows)}
     assert chosen.pop(("C", "dense m=8")) == 0.03

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moesaic.moe import FeatureConfig, Run, ToyConfig, TrainConfig
+from moesaic.moe.config import _MOST_SEEN, _SEEN
 
 
 def test_flat_round_trip_and_key() -> None:
@@ -28,6 +29,33 @@ def test_key_does_not_depend_on_int_or_float_spelling() -> None:
 def test_key_is_stable_across_versions() -> None:
     # Changing this breaks --resume on every folder out there.
     assert Run().key == "1219a2767ee6e82f93d16ac4e846acf061be1d20ba8e216873fe6dee97641bf0"
+
+
+def test_keys_of_stored_rows_stay() -> None:
+    large = TrainConfig(decode="sampled", n_negatives=4096, eps=1e-15)
+    clustered = FeatureConfig("clustered", 0.5, n_clusters=16)
+    keys = [
+        Run(ToyConfig(128, 4, 16, 2, gate="switch"), clustered, TrainConfig(lr=0.01), 3).key,
+        Run(ToyConfig(20000, 64, tied=False), FeatureConfig("power_law", 0.0004), large, 2**62).key,
+        Run(training=TrainConfig(lr=0.0, weight_decay=0.0, moments="bf16")).key,
+        Run(training=TrainConfig(lr=-0.0, weight_decay=0.0, moments="bf16")).key,
+    ]
+    assert keys == [
+        "caed7da3b8f815ead4530b1cdb7ce0421f42f0bae66ba35a00b0dde57ff622c9",
+        "075a340735b57542941a919b09f52cf05bd2e943d3d53694c3d1d2d5e4235f71",
+        "2c6f2982753886274a609ef49d529219de64f61ed8d6fed764cbfc19b39db67d",
+        "77873b3e6ca64640641b94b44160c4f6bf1a70d95e1cf1a82833fc6131b017e2",
+    ]
+
+
+def test_keys_do_not_depend_on_what_was_asked_before() -> None:
+    # More parts than are remembered, so that identities of parts are used again.
+    for _ in range(2):
+        for i in range(5000):
+            Run(training=TrainConfig(steps=i)).key  # noqa: B018
+    assert len({Run(training=TrainConfig(steps=i)).key for i in range(300)}) == 300
+    assert Run(training=TrainConfig(steps=299)).key == Run.from_flat({"steps": 299}).key
+    assert len(_SEEN) <= _MOST_SEEN
 
 
 def test_group_joins_what_can_be_stacked() -> None:
