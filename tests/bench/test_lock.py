@@ -15,17 +15,19 @@ from moesaic.bench.lock import LOCK_FILE, RunLock
 from moesaic.bench.plan import InputError
 
 HOLDER = """
-import sys, time
+import sys
 from pathlib import Path
 from moesaic.bench.lock import RunLock
 RunLock(Path(sys.argv[1])).acquire()
 print("held", flush=True)
-time.sleep(60)
+sys.stdin.read()
 """
 
 
 def test_a_killed_holder_gives_the_lock_back(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(InputError, match=rf"--out {tmp_path}: .*\(host \S+, process {holder.pid}, since 20\S+\)"):
