@@ -61,19 +61,23 @@ def test_a_forked_child_does_not_hold_the_lock_of_a_dead_driver(tmp_path: Path) 
     with RunLock(tmp_path) as lock:
         lock.acquire()
         reading, writing = os.pipe()
+        begun, begins = os.pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of forks of processes with threads
             child = os.fork()
         if child == 0:
             os.close(writing)
+            os.write(begins, b"1")
             os.read(reading, 1)
             os._exit(0)
         os.close(reading)
+        os.read(begun, 1)  # the child gives the lock back as it begins
     try:
         with RunLock(tmp_path) as lock:
             lock.acquire()
     finally:
-        os.close(writing)
+        for descriptor in (writing, begun, begins):
+            os.close(descriptor)
         os.waitpid(child, 0)
 
 
