@@ -170,7 +170,10 @@ class Reproduce:
 
     name: Annotated[
         tyro.conf.Positional[str],
-        tyro.conf.arg(metavar="NAME", help="closed-form, features-per-dimension, phase or specialization."),
+        tyro.conf.arg(
+            metavar="NAME",
+            help="closed-form, features-per-dimension, specialization, phase, geometry or absolute-value.",
+        ),
     ]
     out: Out
     device: Device = "auto"

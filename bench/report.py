@@ -130,9 +130,9 @@ def _reproduction(folder: Path) -> dict[str, Any] | None:
 def _own_figures(folder: Path, record: Mapping[str, Any] | None) -> list[Drawn]:
     """The SVG figures that a reproduction drew, as far as they are still there."""
     from moesaic.bench.figures import Drawn
-    from moesaic.bench.reproduce import geometry_figures, phase_figures
+    from moesaic.bench.reproduce import absolute_value_figures, geometry_figures, phase_figures
 
-    words = phase_figures.WORDS | geometry_figures.WORDS
+    words = phase_figures.WORDS | geometry_figures.WORDS | absolute_value_figures.WORDS
 
     paths = [folder / name for name in (record["figures"] if record else ()) if name.endswith(".svg")]
     drawn = []

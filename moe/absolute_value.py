@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from moesaic.kernels.features import FeatureTable, sample_features
 from moesaic.moe.config import Run
 from moesaic.moe.data import feature_table, held_out, importance
-from moesaic.moe.init import initial_untied
+from moesaic.moe.init import initial_parameters
 from moesaic.moe.trainer import device_kind
 
 PROGRESS_S = 0.5
 """Seconds between calls of ``progress``."""
+_BLOCK = 16_384
 
 
 class AbsoluteValueModel(nn.Module):
@@ -25,8 +26,9 @@ class AbsoluteValueModel(nn.Module):
     Without superposition a feature takes two neurons, |x_i| = ReLU(x_i) + ReLU(−x_i). Source: Elhage et al. 2022, *Toy
     Models of Superposition*, "Computation in Superposition"; there W₁ = Wᵀ, W₂ = D.
 
-    Parameters: ``weight`` (S, n, m), ``decoder`` (S, n, m), ``bias`` (S, n). W and D are drawn apart from each other by
-    the parametrisation of the runs.
+    Parameters: ``weight`` (S, n, m), ``decoder`` (S, n, m), ``bias`` (S, n). W and b start as the parametrisation of
+    the runs says, and D as |W|: an output whose neurons sum to less than 0 on one side of its input gets no gradient
+    there through its ReLU, and with rare features half of all sides would stay so for good.
 
     Args:
         runs: dense and untied (E = 1, ``tied=False``, no shared expert), of one n and m.
@@ -45,8 +47,10 @@ class AbsoluteValueModel(nn.Module):
         for run in runs:
             if run.toy.tied or run.toy.n_experts != 1 or run.toy.shared_hidden:
                 raise ValueError(f"runs: take tied=False, n_experts=1 and shared_hidden=0, got {run.toy}")
-        stacks = zip(*(initial_untied(run.toy, run.seed) for run in runs), strict=True)
-        self.weight, self.decoder, self.bias = (nn.Parameter(torch.stack(stack)) for stack in stacks)
+        initial = initial_parameters([run.toy for run in runs], [run.seed for run in runs], [0] * len(runs))
+        self.weight = nn.Parameter(initial["weight"][:, 0])
+        self.decoder = nn.Parameter(initial["decoder"][:, 0].abs())
+        self.bias = nn.Parameter(initial["bias"][:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute y' (S, B, n) of x (S, B, n)."""
@@ -184,13 +188,23 @@ def _signed(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def feature_losses(result: AbsoluteValueResult, n_samples: int) -> Tensor:
-    """Return mean_b (|x_bf| − y'_bf)² of every model and feature on held-out samples, (S, n) float64."""
+def evaluate_absolute_value(result: AbsoluteValueResult, n_samples: int) -> tuple[Tensor, Tensor]:
+    """Return mean_b (|x_bf| − y'_bf)² and Var_b |x_bf| of every model and feature, (S, n) float64, on held-out samples.
+
+    Args:
+        result: trained models.
+        n_samples: B.
+    """
     model = result.model
-    found = []
+    losses, variances = [], []
     for s, run in enumerate(result.runs):
-        x = held_out_signed(run, n_samples).to(model.weight.device, torch.float64)
-        h = torch.relu(x @ model.weight[s].double())
-        y = torch.relu(h @ model.decoder[s].double().T + model.bias[s].double())
-        found.append((y - x.abs()).square().mean(0).cpu())
-    return torch.stack(found)
+        weight, decoder, bias = (p[s].double().cpu() for p in (model.weight, model.decoder, model.bias))
+        sums = torch.zeros(3, run.toy.n_features, dtype=torch.float64)
+        for x in held_out_signed(run, n_samples).split(_BLOCK):
+            target = x.double().abs()
+            error = torch.relu(torch.relu(x.double() @ weight) @ decoder.T + bias) - target
+            sums += torch.stack([error.square().sum(0), target.square().sum(0), target.sum(0)])
+        loss, square, mean = sums / n_samples
+        losses.append(loss)
+        variances.append(square - mean.square())
+    return torch.stack(losses), torch.stack(variances)

@@ -19,7 +19,7 @@ _STD: dict[str, Callable[[int, int, int], tuple[float, float, float]]] = {
     "small": lambda n, m, e: (0.03, 0.0, 0.03),
 }
 _BLOCK = 65_536
-_SECTIONS = ("weight", "bias", "router", "shared_weight", "shared_bias", "permutation", "decoder")
+_SECTIONS = ("weight", "bias", "router", "shared_weight", "shared_bias", "permutation")
 
 
 def _generator(seed: int, section: str) -> np.random.Generator:
@@ -29,14 +29,6 @@ def _generator(seed: int, section: str) -> np.random.Generator:
 
 def _normal(seed: int, section: str, std: float, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy((std * _generator(seed, section).standard_normal(shape)).astype(np.float32))
-
-
-def initial_untied(config: ToyConfig, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return weight (n, m), decoder (n, m) and bias (n,) of one dense model whose decoder is drawn by itself."""
-    n, m = config.n_features, config.n_hidden
-    weight_std, bias_std, _ = _STD[config.parametrization](n, m, 1)
-    weight, decoder = (_normal(seed, section, weight_std, (n, m)) for section in ("weight", "decoder"))
-    return weight, decoder.abs(), _normal(seed, "bias", bias_std, (n,))
 
 
 def initial_router(config: ToyConfig, seed: int, n_clusters: int = 0) -> Tensor:

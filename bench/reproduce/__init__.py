@@ -9,14 +9,21 @@ from pathlib import Path
 
 from moesaic.bench import environment
 from moesaic.bench.plan import InputError, PlannedRun, Preset, Row
-from moesaic.bench.reproduce import closed_form, features_per_dimension, geometry, phase, specialization
+from moesaic.bench.reproduce import (
+    absolute_value,
+    closed_form,
+    features_per_dimension,
+    geometry,
+    phase,
+    specialization,
+)
 from moesaic.bench.reproduce.result import Check, Reproduction, format_table, load_targets
 from moesaic.bench.store import jsonable, replace_file
 from moesaic.bench.sweep import run_sweep, trainer_with
 
 REPRODUCTIONS: dict[str, Reproduction] = {
     module.REPRODUCTION.name: module.REPRODUCTION
-    for module in (closed_form, features_per_dimension, specialization, phase, geometry)
+    for module in (closed_form, features_per_dimension, specialization, phase, geometry, absolute_value)
 }
 
 
@@ -82,11 +89,15 @@ def reproduce(
     count = standard if seeds is None else seeds
     if count < 1:
         raise InputError(f"seeds={seeds!r}: takes an integer >= 1")
-    planned = [PlannedRun(run) for run in reproduction.plan(quick, count)]
+    if reproduction.trainer and impl not in ("auto", "torch"):
+        raise InputError(f"--impl {impl}: {name} takes auto or torch")
+    labels = {"task": name} if reproduction.trainer else {}
+    planned = [PlannedRun(run, labels) for run in reproduction.plan(quick, count)]
     preset = Preset(f"reproduce {name}", reproduction.description, lambda quick, seeds: [lambda earlier: planned])
     swept = run_sweep(
         preset, out, quick=quick, seeds=count, device=device, impl=impl, resume=resume, progress=progress,
-        max_models=reproduction.max_models, trainer=trainer_with(reproduction.columns), argv=argv,
+        max_models=reproduction.max_models, trainer=reproduction.trainer or trainer_with(reproduction.columns),
+        argv=argv,
     )  # fmt: skip
     if swept.interrupted:
         return ReproductionResult(name, swept.rows, False, [], "", [], interrupted=True)

@@ -1,9 +1,14 @@
 """Geometry of uniform superposition (Elhage et al. 2022, *Toy Models of Superposition*).
 
-n = 400 features of importance 1, m = 30, x' = ReLU(W Wᵀ x + b), over densities 1 − S. Dimensions per feature
+n features of importance 1 in m dimensions, x' = ReLU(W Wᵀ x + b), over densities 1 − S. Dimensions per feature
 D* = m/‖W‖_F² are "sticky" at 1 and 1/2, and the dimensionalities D_i = ‖W_i‖² / Σ_j (Ŵ_i·W_j)² of represented features
-(‖W_i‖ ≥ 1/2) cluster at the fractions of polytopes (`FRACTIONS`). Published are these fractions; the curve is a picture
-without numbers. Densities are those of the public notebook, 20^(−t) for t from 0 to 1.
+(‖W_i‖ ≥ 1/2) cluster at the fractions of polytopes (`FRACTIONS`), because the features fall apart into sets, each a
+polytope in dimensions of its own. Published are the fractions; the curve is a picture without numbers.
+
+n = 200, m = 20 and densities from 1 to 1/20, as in the public notebook; the paper has n = 400, m = 30 and says that
+neither matters where n ≫ m. W starts small there too (Xavier on a tensor of stacked models: √(2/((n + E) m)) for E of
+them), and here at 0.03. Rate, schedule and batch are those of the lowest loss among a few at 1/(1 − S) = 1.5 to 1.7:
+triangles and tetrahedra need a low noise.
 
 Small models, density 0.05: the polytopes themselves, by the cosines of all pairs of features. Two are not the paper's.
 It says that three features in two dimensions make a triangle; but to leading order in the density s, the loss is
@@ -36,9 +41,9 @@ if TYPE_CHECKING:
     from moesaic.bench.plan import Row
     from moesaic.moe import Run, TrainResult
 
-N_FEATURES, WIDTH = 400, 30
-DENSITIES = tuple(round(20 ** (-i / 19), 6) for i in range(20))
-QUICK_DENSITIES = tuple(DENSITIES[i] for i in (0, 7, 11))
+N_FEATURES, WIDTH = 200, 20
+DENSITIES = tuple(round(20 ** (-i / 29), 6) for i in range(30))
+QUICK_DENSITIES = tuple(DENSITIES[i] for i in (0, 5, 10, 16))
 REPRESENTED_ABOVE = 0.5
 """‖W_i‖ of represented features: those that are not are near 0, where D_i means nothing."""
 STEPS, QUICK_STEPS = 10_000, 3_000
@@ -58,7 +63,7 @@ def _plan(quick: bool, seeds: int) -> list[Run]:
 
     # A rate that falls to zero, and no decay: what is left is the optimum's geometry and not that of its noise.
     large = TrainConfig(
-        steps=QUICK_STEPS if quick else STEPS, batch_size=256, lr=3e-3, schedule="cosine", weight_decay=0.0
+        steps=QUICK_STEPS if quick else STEPS, batch_size=512, lr=3e-3, schedule="cosine", weight_decay=0.0
     )
     small = TrainConfig(steps=STEPS, batch_size=256, lr=1e-3, schedule="cosine", weight_decay=0.0)
     sparse = FeatureConfig(feature_probability=SMALL_DENSITY)
@@ -69,7 +74,9 @@ def _plan(quick: bool, seeds: int) -> list[Run]:
             for seed in range(SMALL_SEEDS)
         ),
         *(
-            Run(ToyConfig(N_FEATURES, WIDTH, parametrization="tms"), FeatureConfig(feature_probability=p), large, seed)
+            Run(
+                ToyConfig(N_FEATURES, WIDTH, parametrization="small"), FeatureConfig(feature_probability=p), large, seed
+            )
             for seed in range(seeds)
             for p in (QUICK_DENSITIES if quick else DENSITIES)
         ),
@@ -193,18 +200,21 @@ def _cluster_checks(rows: Sequence[Row], targets: dict[str, Any]) -> list[Check]
     for name, fraction in FRACTIONS.items():
         sizes = [size for d, size in pairs if abs(d - fraction) <= 0.01]
         share = mean([float(size == VERTICES[name]) for size in sizes])
-        checks.append(shown(f"of these, share in a set of {VERTICES[name]} features orthogonal to all others", share))
-    for name in ("triangle", "tetrahedron"):
-        if found := nearest_set(rows, name):
-            checks.append(shown(f"nearest {name} among such sets: pair cosines, largest deviation", found[0], 0.0))
+        checks.append(shown(f"of these {name}s, share in a set of {VERTICES[name]} orthogonal to all others", share))
+    limit = targets["cosine_allowance"]
+    for name in FRACTIONS:
+        found = nearest_sets_of(rows, name)
+        near = sum(distance <= limit for distance, _ in found)
+        label = f"{name}: pair cosines of the nearest such set, largest deviation ({near} of {len(rows)} models within)"
+        checks.append(within(label, found[0][0] if found else math.nan, 0.0, limit))
     return checks
 
 
-def nearest_set(rows: Sequence[Row], name: str) -> tuple[float, Array] | None:
-    """Distance and coordinates of the set nearest to a geometry, of all large models; None where there is none."""
+def nearest_sets_of(rows: Sequence[Row], name: str) -> list[tuple[float, Array]]:
+    """Distance and coordinates of each large model's set that is nearest to a geometry, nearest first."""
     sets: list[Any] = [row["nearest_sets"] for row in rows]
-    found = [(one[name]["distance"], np.asarray(one[name]["coordinates"])) for one in sets if name in one]
-    return min(found, key=lambda pair: pair[0], default=None)
+    found = [(float(one[name]["distance"]), np.asarray(one[name]["coordinates"])) for one in sets if name in one]
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def _small_checks(rows: Sequence[Row], targets: dict[str, Any]) -> list[Check]:
@@ -248,7 +258,7 @@ def _conclude(rows: list[Row], targets: dict[str, Any], quick: bool, folder: Pat
 
 REPRODUCTION = Reproduction(
     name="geometry",
-    description="n = 400, m = 30: dimensions per feature and the polytopes of uniform superposition",
+    description="n = 200, m = 20: dimensions per feature and the polytopes of uniform superposition",
     seeds=2,
     quick_seeds=1,
     max_models=8,

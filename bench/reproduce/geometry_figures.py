@@ -15,7 +15,7 @@ from moesaic.bench.plan import Row
 from moesaic.bench.plot_style import DENSE, FOURTH, INK, MOE, MUTED, PALE_MOE, THIRD, panels, save, style
 from moesaic.bench.reproduce.geometry import (
     curve,
-    nearest_set,
+    nearest_sets_of,
     number,
     represented,
     small_rows,
@@ -27,7 +27,7 @@ from moesaic.bench.reproduce.result import mean
 WORDS = {
     "geometry-dimensionality": (
         "Dimensions per feature, and of each feature",
-        "Left: D* = m/‖W‖² of each seed (dots) and their mean, n = 400, m = 30. Middle: D_i of every represented "
+        "Left: D* = m/‖W‖² of each seed (dots) and their mean, n = 200, m = 20. Middle: D_i of every represented "
         "feature (‖W_i‖ at least 1/2) of all seeds, moved sideways a little where points would hide each other, over "
         "the curve of the left panel. A feature's colour says how many features its set has that is orthogonal to all "
         "others (|cos| at most 0.2): two make an antipodal pair, three a triangle, and so on. Right: the same D_i, "
@@ -129,8 +129,8 @@ def small_models(rows: Sequence[Row]) -> Figure:
     for axes, (n, m, name) in zip([a for line in grid for a in line], _PICTURES, strict=True):
         axes.set(aspect="equal", xlim=(-1.3, 1.3), ylim=(-1.3, 1.3))
         axes.axis("off")
-        found = nearest_set(large, name) if n == 0 else None
-        weights: list[Any] = [found[1]] if found else [row["weight"] for row in small_rows(rows, n, m)[:1]]
+        found = nearest_sets_of(large, name) if n == 0 else []
+        weights: list[Any] = [found[0][1]] if found else [row["weight"] for row in small_rows(rows, n, m)[:1]]
         origin = f"n = {n}, m = {m}" if n else "in the large model" if found else "in no large model"
         axes.set_title(f"{name}\n{origin}", fontsize=7.5, fontweight="normal")
         for weight in weights:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moesaic.bench.plan import Row
+    from moesaic.bench.sweep import Trainer
     from moesaic.moe import Run, TrainResult
 
 
@@ -52,6 +53,11 @@ def relative(quantity: str, ours: float, published: float, share: float) -> Chec
 def above(quantity: str, ours: float, limit: float) -> Check:
     """Judge ours > limit where no number is published; NaN does not pass."""
     return Check(quantity, ours, None, f"> {limit:g}", ours > limit)
+
+
+def below(quantity: str, ours: float, limit: float) -> Check:
+    """Judge ours < limit where no number is published; NaN does not pass."""
+    return Check(quantity, ours, None, f"< {limit:g}", ours < limit)
 
 
 def shown(quantity: str, ours: float, published: float | None = None) -> Check:
@@ -102,6 +108,8 @@ class Reproduction:
         plan: (quick, seeds) → the trainings.
         columns: (trained stack, its runs) → extra columns of each run's row.
         conclude: (rows without failed ones, targets, quick, figures folder) → outcome.
+        trainer: trains and measures a group of models that are no toy autoencoders, by PyTorch; ``columns`` is then
+            not asked, and the rows are labelled with the reproduction's name as their ``task``.
     """
 
     name: str
@@ -112,6 +120,7 @@ class Reproduction:
     plan: Callable[[bool, int], list[Run]]
     columns: Callable[[TrainResult, Sequence[Run]], list[dict[str, object]]]
     conclude: Callable[[list[Row], dict[str, Any], bool, Path], Outcome]
+    trainer: Trainer | None = None
 
 
 def load_targets() -> dict[str, Any]:
