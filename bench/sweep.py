@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol
 
 from moesaic._version import __version__
 from moesaic.bench import environment
@@ -33,7 +32,9 @@ from moesaic.bench.plan import (
     training_groups,
     unique,
 )
-from moesaic.bench.spec import SpecPreset, SweepSpec
+from moesaic.bench.progress import Progress
+from moesaic.bench.rates import with_timings
+from moesaic.bench.spec import SweepSpec
 from moesaic.bench.store import RunStore
 from moesaic.bench.sweep_energy import check_cells, measure_sweep
 
@@ -42,13 +43,8 @@ if TYPE_CHECKING:
 
     from moesaic.moe import Run, TrainResult
 
-REDRAW_INTERVAL_S = 0.2
-LOG_INTERVAL_S = 10.0
-"""Seconds between progress lines where stderr is a file."""
 MAX_MODELS = 64
 """Most models that a preset without a number of its own trains as one stack."""
-RATE_SPAN_S = 30.0
-"""About how far back the rate looks: groups differ in cost, so old ones say little about the rest."""
 
 
 class Trainer(Protocol):
@@ -171,7 +167,7 @@ def run_sweep(
     check_impl(impl, device)
     preset = preset.preset() if isinstance(preset, SweepSpec) else preset
     say = _say if progress else _silent
-    preset, measured = _calibrated(preset, out, quick, seeds, device, impl, max_models or MAX_MODELS, say)
+    preset, measured = with_timings(preset, out, quick, seeds, device, impl, max_models or MAX_MODELS, say)
     if energy:
         check_cells(preset, quick, seeds)
     stages = preset.stages(quick, seeds)
@@ -195,7 +191,7 @@ def run_sweep(
         compiles, appended = False, partial(preset.appended, out)
         trainer, max_models = trainer or preset.trainer(out), max_models or preset.max_models
     trainer, max_models = trainer or train_and_measure, max_models or MAX_MODELS
-    with _Progress(enabled=progress) as bar:
+    with Progress(enabled=progress) as bar:
         try:
             for number, stage in enumerate(stages, 1):
                 earlier = len(planned)
@@ -228,31 +224,6 @@ def run_sweep(
     else:
         store.write_environment({**(store.environment() or {}), "ended": environment.now()})
     return SweepResult(rows, out, interrupted)
-
-
-def _calibrated(
-    preset: Preset, out: Path, quick: bool, seeds: int | None, device: str, impl: str, max_models: int,
-    say: Callable[[str], None],
-) -> tuple[Preset, Row]:  # fmt: skip
-    """The preset with all of its runs known, and what ``environment.json`` keeps of the timings that took, if any.
-
-    A folder's own timings are taken where it has them, so that a resumed sweep plans the same widths.
-    """
-    if not isinstance(preset, SpecPreset) or preset.calibrated is None:
-        return preset, {}
-    mixtures = preset.mixtures(quick, seeds)
-    if not mixtures:
-        return preset, {}
-    from moesaic.bench.rates import calibrate_wall, covers
-
-    store = RunStore(out)
-    timings = (store.environment() or {}).get("calibration")
-    if not covers(timings, mixtures, device, impl):
-        if store.keys():
-            raise InputError(f"--out {out}: holds rows, but no timings for this spec's match 'wall': name another")
-        timings = calibrate_wall(mixtures, device=device, impl=impl, max_models=max_models, say=say)
-    assert isinstance(timings, dict)
-    return preset.calibrated(timings), {"calibration": timings}
 
 
 def train_and_measure(
@@ -397,7 +368,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
 
 
 def _run_groups(
-    groups: Sequence[Sequence[PlannedRun]], store: RunStore, bar: _Progress, trainer: Trainer, device: str, impl: str,
+    groups: Sequence[Sequence[PlannedRun]], store: RunStore, bar: Progress, trainer: Trainer, device: str, impl: str,
     appended: Callable[[Sequence[Row]], None],
 ) -> None:  # fmt: skip
     done = store.keys()
@@ -411,7 +382,7 @@ def _run_groups(
             bar.group_done(_model_steps(group), [row for row in rows if row["status"] == "failed"])
 
 
-def _train(group: Sequence[PlannedRun], trainer: Trainer, bar: _Progress, device: str, impl: str) -> list[Row]:
+def _train(group: Sequence[PlannedRun], trainer: Trainer, bar: Progress, device: str, impl: str) -> list[Row]:
     """The rows of a group; where it raises, each of its runs alone, and a ``failed`` row for each that still does."""
     started_at, clock = environment.now(), time.perf_counter()
     try:
@@ -441,99 +412,3 @@ def reason(error: Exception) -> str:
 
 def _model_steps(group: Sequence[PlannedRun]) -> int:
     return sum(item.run.training.steps for item in group)
-
-
-class _LogFile:
-    """Gives each redrawing of tqdm's line as a line of its own, for a stderr that is a file."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-        self.encoding = file.encoding
-
-    def write(self, text: str) -> None:
-        line = text.strip("\r\n ")
-        if line:
-            self._file.write(line + "\n")
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-class _Progress:
-    """One bar over all stages, counted in model-steps (optimiser steps times the models that take them)."""
-
-    def __init__(self, *, enabled: bool) -> None:
-        from tqdm import tqdm
-
-        terminal = sys.stderr.isatty()
-        interval = REDRAW_INTERVAL_S if terminal else LOG_INTERVAL_S
-        self._file = sys.stderr if terminal else _LogFile(sys.stderr)
-        self._failed = 0
-        self._base = 0  # model-steps of the finished groups
-        self._bar = tqdm(
-            total=0,
-            delay=1e-9,  # nothing is drawn before the first stage says its total
-            unit=" model-steps",
-            unit_scale=True,
-            disable=not enabled,
-            file=self._file,
-            mininterval=interval,
-            smoothing=min(1.0, 2 * interval / RATE_SPAN_S),  # the rate is an exponential mean over the redrawings
-            miniters=1,
-            dynamic_ncols=terminal,
-            ncols=None if terminal else 120,
-        )
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.close()
-
-    def stage(self, name: str) -> None:
-        self._bar.set_description(name, refresh=False)
-
-    def prepare(self, words: str, work: Callable[[], None]) -> None:
-        """Does ``work`` before training, outside the rate and the elapsed time."""
-        if not self._bar.disable:
-            self._bar.clear()  # tqdm's own way to write would draw a bar that has no total yet
-            print(words, file=sys.stderr, flush=True)
-        start = time.time()
-        work()
-        if not self._bar.disable:
-            self._bar.start_t += time.time() - start
-            self._bar.last_print_t = time.time()
-
-    def extend(self, total: int, done: int) -> None:
-        """Adds a stage of ``total`` model-steps; ``done`` of them an earlier sweep's, not counted for the rate."""
-        self._base += done
-        if not self._bar.disable:
-            self._bar.total += total
-            self._bar.initial += done
-            self._bar.n = self._bar.last_print_n = self._base
-            self._bar.refresh()
-
-    def advance(self, models: int) -> Callable[[int, float], None]:
-        """What a trainer of ``models`` models calls with its steps since the last call and their mean loss."""
-
-        def on_progress(steps: int, loss: float) -> None:
-            failures = f", {self._failed} failed" if self._failed else ""
-            self._bar.set_postfix_str(f"loss {loss:.4g}{failures}", refresh=False)
-            self._bar.update(steps * models)
-
-        return on_progress
-
-    def group_done(self, steps: int, failed: Sequence[Row]) -> None:
-        self._base += steps
-        self._failed += len(failed)
-        for row in failed:
-            self._bar.write(f"failed: run {str(row['run_key'])[:12]}: {row['error']}", file=self._file)
-        self._move(self._base)
-
-    def group_failed(self) -> None:
-        self._move(self._base)
-
-    def _move(self, to: int) -> None:
-        self._bar.update(to - self._bar.n)
