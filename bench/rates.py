@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from moesaic.bench import environment
 from moesaic.bench.interleave import interleave
-from moesaic.bench.plan import InputError, PlannedRun, Row, is_large
+from moesaic.bench.plan import InputError, PlannedRun, Preset, Row, is_large
+from moesaic.bench.spec import SpecPreset
 from moesaic.bench.spec_match import architecture, dense_run, family
-from moesaic.bench.store import replace_file
+from moesaic.bench.store import RunStore, replace_file
 
 if TYPE_CHECKING:
     from moesaic.moe.config import Run
@@ -127,6 +128,32 @@ def covers(calibration: object, mixtures: Sequence[Run], device: str, impl: str)
         return same and all(architecture(run) in held["seconds_per_step"][family(run)]["moe"] for run in mixtures)
     except (KeyError, TypeError):
         return False
+
+
+def with_timings(
+    preset: Preset, out: Path, quick: bool, seeds: int | None, device: str, impl: str, max_models: int,
+    say: Callable[[str], None],
+) -> tuple[Preset, Row]:  # fmt: skip
+    """The preset with all of its runs known, and what ``environment.json`` keeps of the timings that took, if any.
+
+    A folder's own timings are taken where it has them, so that a resumed sweep plans the same widths.
+
+    Raises:
+        InputError: the folder has rows but not these timings.
+    """
+    if not isinstance(preset, SpecPreset) or preset.calibrated is None:
+        return preset, {}
+    mixtures = preset.mixtures(quick, seeds)
+    if not mixtures:
+        return preset, {}
+    store = RunStore(out)
+    held = (store.environment() or {}).get("calibration")
+    if isinstance(held, dict) and covers(held, mixtures, device, impl):
+        return preset.calibrated(held), {"calibration": held}
+    if store.keys():
+        raise InputError(f"--out {out}: holds rows, but no timings for this spec's match 'wall': name another")
+    timings = calibrate_wall(mixtures, device=device, impl=impl, max_models=max_models, say=say)
+    return preset.calibrated(timings), {"calibration": timings}
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ from moesaic.bench.plan import (
     unique,
 )
 from moesaic.bench.progress import Progress
-from moesaic.bench.spec import SpecPreset, SweepSpec
+from moesaic.bench.rates import with_timings
+from moesaic.bench.spec import SweepSpec
 from moesaic.bench.store import RunStore
 from moesaic.bench.sweep_energy import check_cells, measure_sweep
 
@@ -200,7 +201,7 @@ def _sweep(
     device, impl, memory = work.device, work.impl, engine.memory
     check_impl(impl, device)
     say = _say if progress else _silent
-    preset, measured = _calibrated(preset, out, quick, seeds, device, impl, max_models, say)
+    preset, measured = with_timings(preset, out, quick, seeds, device, impl, max_models, say)
     if energy:
         check_cells(preset, quick, seeds)
         if engine.why_not_alone:
@@ -256,31 +257,6 @@ def _sweep(
     else:
         store.write_environment({**(store.environment() or {}), "ended": environment.now()})
     return SweepResult(rows, out, interrupted)
-
-
-def _calibrated(
-    preset: Preset, out: Path, quick: bool, seeds: int | None, device: str, impl: str, max_models: int,
-    say: Callable[[str], None],
-) -> tuple[Preset, Row]:  # fmt: skip
-    """The preset with all of its runs known, and what ``environment.json`` keeps of the timings that took, if any.
-
-    A folder's own timings are taken where it has them, so that a resumed sweep plans the same widths.
-    """
-    if not isinstance(preset, SpecPreset) or preset.calibrated is None:
-        return preset, {}
-    mixtures = preset.mixtures(quick, seeds)
-    if not mixtures:
-        return preset, {}
-    from moesaic.bench.rates import calibrate_wall, covers
-
-    store = RunStore(out)
-    timings = (store.environment() or {}).get("calibration")
-    if not covers(timings, mixtures, device, impl):
-        if store.keys():
-            raise InputError(f"--out {out}: holds rows, but no timings for this spec's match 'wall': name another")
-        timings = calibrate_wall(mixtures, device=device, impl=impl, max_models=max_models, say=say)
-    assert isinstance(timings, dict)
-    return preset.calibrated(timings), {"calibration": timings}
 
 
 def train_and_measure(

@@ -330,7 +330,7 @@ def _texts(part: ToyConfig | FeatureConfig | TrainConfig) -> tuple[str, ...]:
     keys of their own, and with the part, whose identity no other one can get meanwhile.
     """
     seen = _SEEN.get(id(part))
-    if seen is None or seen[0] is not part:
+    if seen is None:
         if len(_SEEN) >= _MOST_SEEN:
             _SEEN.clear()
         kept = {n: v for n, v in vars(part).items() if n not in _LATER or v != getattr(TrainConfig, n)}

@@ -47,7 +47,8 @@ def both(tmp_path: Path) -> tuple[Path, Path]:
         *rows(6, {0: 0.1}), *rows(2, {7: 0.5}, status="failed"), *rows(8, {0: 0.4}, lr=0.5),
     ]  # fmt: skip
     b = [
-        *same, *rows(2, {0: 0.20, 1: 0.30, 2: 0.40, 8: 0.0}, wall=2.0), *rows(4, {0: 0.7, 1: 0.5}), *rows(5, {1: 0.3}),
+        *same, *rows(2, {0: 0.20, 1: 0.30, 2: 0.40}, wall=2.0), *rows(2, {8: 0.0}, wall=50.0),
+        *rows(4, {0: 0.7, 1: 0.5}), *rows(5, {1: 0.3}),
         *rows(8, {0: 0.4}, lr=0.25),
     ]  # fmt: skip
     versions = {"torch": "2.14", "numpy": "2"}

@@ -147,9 +147,10 @@ def test_stacks_of_the_calibration_are_those_of_the_sweep_and_widths_go_on_until
 def test_a_slower_narrow_width_does_not_make_seconds_fall() -> None:
     stored: Any = timings()
     (family,) = stored["seconds_per_step"].values()
-    family["dense"]["1"] = 1.0
-    plan = [p for p in planned_runs(SPEC) if p.run.toy.n_experts == 4]
-    assert wall_width(stored)(plan[0].run) == 1
+    family["dense"] = {"1": 0.5, "8": 5.0, "16": 2.0, "32": 10.0}
+    family["moe"] = dict.fromkeys(family["moe"], 7.5)
+    # Width 16 counts as 5 s, so that half the way from there to 10 s is half the way to width 32.
+    assert wall_width(stored)(planned_runs(SPEC)[0].run) == 24
 
 
 def test_without_timings_wall_is_left_out() -> None:
