@@ -11,7 +11,7 @@ import pytest
 
 from moesaic.bench import cli, kernel_bench, reproduce, sweep
 from moesaic.bench.plan import Row
-from moesaic.bench.store import RunStore
+from moesaic.bench.store import RunStore, StoreError
 
 SPEC = "seeds = 2\n[run]\nsteps = 4\nbatch_size = 4\nn_features = 6\n[grid]\nn_hidden = [1, 2]\n"
 
@@ -94,6 +94,18 @@ def test_failed_runs_are_counted_and_only_a_sweep_without_results_exits_1(
     code, out, _ = call(capfd, "sweep", spec, "--out", tmp_path / "all", "--json")
     assert code == 1
     assert [failure["error"][:18] for failure in json.loads(out)["failures"]] == ["FloatingPointError"] * 4
+
+
+def test_a_full_disk_exits_1_with_one_line(
+    spec: Path, tmp_path: Path, fake: list[int], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: RunStore, rows: object) -> list[Row]:
+        raise StoreError("runs.jsonl: No space left on device; continue with --resume")
+
+    monkeypatch.setattr(RunStore, "append", full)
+    code, stdout, stderr = call(capfd, "sweep", spec, "--out", tmp_path / "out")
+    assert (code, "error" in stdout, "Traceback" in stderr) == (1, False, False)
+    assert stderr.endswith("error: runs.jsonl: No space left on device; continue with --resume\n")
 
 
 def test_bad_input_exits_2_before_training_with_and_without_json(
