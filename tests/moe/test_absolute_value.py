@@ -77,7 +77,7 @@ def test_a_stack_is_trained_as_by_autograd_and_adamw() -> None:
             loss = (((model(x) - x.abs()) ** 2).mean(1) * weigh).sum()
             torch.testing.assert_close(result.losses[s, step], loss.detach(), rtol=1e-4, atol=1e-6)
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.param_groups[0]["lr"] = settings.lr_at(step)
             optimiser.step()
         for ours, theirs in zip(result.model.parameters(), model.parameters(), strict=True):
