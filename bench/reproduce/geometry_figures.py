@@ -173,11 +173,12 @@ def _space(axes: Axes, w: Array) -> None:
 def _view(w: Array) -> Array:
     """Columns are the picture's right, up and towards the reader: slightly above the axis of least inertia.
 
-    The axis that the polytope is most or least extended along is drawn upright, so equal shapes give equal views.
+    The axis that the polytope is most or least extended along is drawn upright, or a vertex where all are alike.
     """
     moments, axis = np.linalg.eigh(w.T @ w)
     odd = 0 if moments[1] - moments[0] > moments[2] - moments[1] else 2
-    up = axis[:, odd] * (1 if axis[np.argmax(np.abs(axis[:, odd])), odd] > 0 else -1)
+    alike = moments[2] < 1.1 * moments[0]
+    up = w[0] / np.linalg.norm(w[0]) if alike else axis[:, odd]
     across = w - np.outer(w @ up, up)
     forward = across[int(np.argmax(np.linalg.norm(across, axis=1)))]
     forward = forward / np.linalg.norm(forward)

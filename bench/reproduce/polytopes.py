@@ -104,6 +104,13 @@ def own_coordinates(rows: npt.ArrayLike, dimensions: int) -> Array:
     return np.asarray((left * sigma)[:, :dimensions], dtype=np.float64)
 
 
+def own_dimensionality(points: npt.ArrayLike) -> Array:
+    """D_i = ‖w_i‖² / Σ_j (ŵ_i·w_j)² of the rows of (n, m), the sum over these rows alone."""
+    w = np.asarray(points, dtype=np.float64)
+    square = np.square(w).sum(1)
+    return np.asarray(square**2 / np.square(w @ w.T).sum(1), dtype=np.float64)
+
+
 def hull_edges(points: npt.ArrayLike, *, tolerance: float = 0.05) -> list[tuple[int, int]]:
     """Edges of the convex hull of few points in 3-D; faces flat within ``tolerance`` are not cut into triangles."""
     p = np.asarray(points, dtype=np.float64)
@@ -132,10 +139,13 @@ def band_width(x: Sequence[float], y: Sequence[float], low: float, high: float) 
 def stickiness(x: Sequence[float], y: Sequence[float], value: float, *, reach: float = 0.1) -> float:
     """Length of log x that y(x) spends within value·(1 ∓ reach), over its mean in the two bands beside it.
 
-    The three bands are equally wide in log y, so a power law gives 1. Infinite where y jumps over both neighbours.
+    The bands are equally wide in log y, so a power law gives 1. Where all of y is below value·(1 + reach), the band is
+    cut off at the largest y and the one below it is as wide. Infinite where y jumps over its neighbours.
     """
-    low, high = value * (1 - reach), value * (1 + reach)
-    beside = (band_width(x, y, low * low / high, low) + band_width(x, y, high, high * high / low)) / 2
+    low, high, most = value * (1 - reach), value * (1 + reach), max(y)
+    ratio = min(high, most) / low
+    bands = [(low / ratio, low)] + ([(high, high * ratio)] if most > high else [])
+    beside = sum(band_width(x, y, *band) for band in bands) / len(bands)
     return float(np.divide(band_width(x, y, low, high), beside)) if beside else float("inf")
 
 

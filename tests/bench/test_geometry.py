@@ -83,7 +83,8 @@ def test_what_the_paper_says_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"2": {"dimensions_per_feature": 0.96}}, "farthest from 1"),
+        ({"0": {"dimensions_per_feature": 0.96}}, "farthest from 1"),
+        ({str(i): {"dimensions_per_feature": 0.93**i} for i in range(10)}, "10 % of 1,"),
         ({str(HALF): {"dimensionality": [0.5] * 20 + [0.45] * 16}}, "within 0.02 of 1/2"),
         ({str(i): {"dimensions_per_feature": 0.9 * 0.9**i} for i in range(4, 30)}, "log 1/(1-S)"),
         ({key: {"dimensionality": [0.7], "norm": [1.0], "set_size": [1]} for key in ("6", "14")}, "D = 0.75"),

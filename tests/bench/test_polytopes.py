@@ -14,6 +14,7 @@ from moesaic.bench.reproduce.polytopes import (
     enrichment,
     hull_edges,
     own_coordinates,
+    own_dimensionality,
     shape,
     shape_distance,
     square_antiprism,
@@ -46,7 +47,7 @@ def test_fractions_are_dimensions_over_vertices_and_d_of_the_vertices(name: str)
     assert FRACTIONS[name] == DIMENSIONS[name] / VERTICES[name]
     # Only at this height is an antiprism as extended along its axis as across it.
     w = square_antiprism(np.sqrt(1 / 3)) if name == "square antiprism" else shape(name)
-    np.testing.assert_allclose(1 / np.square(w @ w.T).sum(1), FRACTIONS[name])
+    np.testing.assert_allclose(own_dimensionality(2 * w), FRACTIONS[name])
 
 
 def test_components_fall_apart_into_orthogonal_sets() -> None:
@@ -92,6 +93,9 @@ def test_a_power_law_is_not_sticky_and_a_plateau_is() -> None:
     assert stickiness(list(x), list(1 / x), 0.5) == pytest.approx(1, abs=0.01)
     plateau = np.where(x < 2, 1 / x, np.where(x < 4, 0.5, 2 / x))
     assert stickiness(list(x), list(plateau), 0.5) > 3
+    # At its upper end a curve has one neighbour only, and half the band.
+    assert stickiness(list(x), list(1 / x), 1.0) == pytest.approx(1, abs=0.02)
+    assert stickiness(list(x), list(np.minimum(1, 1.5 / x)), 1.0) > 3
     assert stickiness([1.0, 2.0, 2.0001, 3.0], [1.0, 1.0, 0.5, 0.5], 0.5) > 100
 
 
