@@ -275,7 +275,8 @@ TOYS = tuple(
 )
 """Few wide experts under the published gate, and many narrow ones under one whose router learns; data of `tradeoff`."""
 MODELS = {"cpu": 16, "cuda": 132}
-STEPS = 8
+STEPS = {"cpu": 8, "cuda": 512}
+"""Of a call: on a GPU a few steps take less time than their launch, and every side would cost the same."""
 
 
 def step_works(case: ToyCase, device: str, quick: bool) -> list[Work]:
@@ -300,8 +301,8 @@ def step_works(case: ToyCase, device: str, quick: bool) -> list[Work]:
                 toy_name(toy),
                 kind,
                 "step",
-                models * STEPS,
-                partial(ensemble.train, STEPS),
+                models * STEPS[device],
+                partial(ensemble.train, STEPS[device]),
                 _times(counted.active.total, batch),
                 _times(None if counted.bytes is None else counted.bytes.total, batch),
                 executed_flops=_executed(ensemble, toy, batch, models),

@@ -20,6 +20,7 @@ from moesaic.bench.energy_cases import (
     EQUAL_WIDTH,
     MASKED,
     MULTIPLE,
+    STEPS,
     TOYS,
     LayerCase,
     Masked,
@@ -94,6 +95,9 @@ def test_all_sides_of_a_layer_get_the_same_data_and_the_masked_one_is_the_moe() 
 def test_a_step_has_useful_executed_and_dense_equivalent_flops() -> None:
     sparse, *dense = step_works(TOY, "cpu", quick=True)
     toy = TOY.toy
+    losses = sparse.call()
+    assert isinstance(losses, tuple)
+    assert losses[0].numel() == sparse.units == 4 * STEPS["cpu"]
     assert sparse.flops is not None
     assert sparse.executed_flops is not None
     assert sparse.dense_equivalent_flops == count_flops(toy, samples=256).training.dense_equivalent.total
