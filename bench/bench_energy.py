@@ -37,8 +37,10 @@ NOTES = (
     "Everything per unit: a token, a step of one model, a whole training of one model. ms: median of the rounds "
     "[fastest-slowest], all sides in turn. FLOPs: useful products; bytes: every operation reads its operands and "
     "writes its result once.",
-    "J: gross, of the scope that the meter covers; CV: spread over trials, of which 2 % or more makes a figure invalid "
-    "(it is null here and in the JSON's `valid`). Never estimated from a data sheet.",
+    "J: gross, of the `scope` in the JSON, board or package alone; CV: spread over trials, of which 2 % or more make a "
+    "figure invalid (it is null here and in the JSON's `valid`). Never estimated from a data sheet.",
+    "Dense layers are PyTorch's products, with SiLU and the gate's product as operations of their own that read and "
+    "write the hidden layer again; the MoE's kernels fuse them. That is part of their bytes, time and joules.",
     "Masked: the MoE's own function by dense products, all experts for all tokens. It is no dense baseline: most of "
     "the operands of its second product are zeros, which draw less power.",
 )
@@ -50,7 +52,7 @@ class Measured:
     """A workload, its timing per call, and what its meter said (an `EnergyResult`), None where there is none.
 
     ``metered_units``: units of a metered call, which are fewer where a whole training is long for a window;
-    ``reason``: why joules are missing.
+    ``reason``: why nobody measured joules.
     """
 
     work: Work
@@ -58,6 +60,13 @@ class Measured:
     energy: Any
     metered_units: float
     reason: str | None = None
+
+    @property
+    def not_measured(self) -> str | None:
+        """Why joules are null: nobody measured, or trials spread too far."""
+        if self.energy is None or self.energy.valid:
+            return self.reason
+        return f"not valid: trials vary by {self.energy.cv or 0:.1%}, less than 2 % is"
 
     @property
     def joules(self) -> tuple[float, ...]:
@@ -83,12 +92,14 @@ class Measured:
             "dtype": work.dtype, "unit": work.unit, "units_per_call": work.units,
             "units_per_metered_call": self.metered_units,
             "seconds": seconds, "seconds_rounds": list(cost.seconds), "flops": work.flops, "bytes": work.bytes,
+            "executed_flops": work.executed_flops, "dense_equivalent_flops": work.dense_equivalent_flops,
             "useful_flops_per_s": None if work.flops is None else work.flops / seconds,
             **dict.fromkeys(names.values()), names[work.unit]: joules,
             "useful_flops_per_j": None if joules is None or work.flops is None else work.flops / joules,
             "power_w": energy and energy.power_w,
             "idle_w": energy and energy.idle_w,
-            "cv": energy and energy.cv, "valid": bool(energy and energy.valid), "not_measured": self.reason,
+            "cv": energy and energy.cv, "valid": bool(energy and energy.valid), "scope": energy and energy.scope,
+            "not_measured": self.not_measured,
             "energy": None if energy is None else dataclasses.asdict(energy),
         }  # fmt: skip
 
@@ -252,7 +263,7 @@ def _findings(
     return Findings(
         rows,
         tables,
-        partial(_draw, compared, reason),
+        partial(_draw, compared),
         {"equal_loss": {toy.name: _record(one) for toy, one in equal.items()}, "not_measured": reason},
         points=[point for one in found for point in one.points()],
         points_key="T, d, n, E, k",
@@ -296,11 +307,11 @@ def _record(equal: EqualLoss) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _draw(compared: Sequence[Gap], reason: str | None, folder: Path) -> list[Path]:
+def _draw(compared: Sequence[Gap], folder: Path) -> list[Path]:
     from moesaic.bench.plot_style import save, style
 
     with style():
-        figure = efficiency_gap(compared, reason)
+        figure = efficiency_gap(compared)
         if figure is None:
             return []
         save(figure, folder, "bench-energy")

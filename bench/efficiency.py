@@ -104,12 +104,15 @@ def gap_words(gaps: Sequence[Gap], reason: str | None) -> str:
         here = ranges(members)
         said = [f"{QUANTITIES[q]} {_span(*here[q])}" for q in QUANTITIES if q in here]
         text = f"{heading(kind)}, dense over sparse: {', '.join(said)}"
-        slower = sum(_below_one(one, "seconds") and not _below_one(one, "flops") for one in members)
+        slower = sum(_below_one(one, "seconds") and _at_least_one(one, "flops") for one in members)
         if slower:
             text += f"; in {slower} of {len(members)} pairs the sparse model has no more FLOPs and yet takes longer"
         sentences.append(text + ".")
-    if reason:
+    without = sum(one.factors.get("joules") is None for one in gaps)
+    if reason and without == len(gaps):
         sentences.append(f"Joules were not measured: {reason}.")
+    elif without:
+        sentences.append(f"In {without} of {len(gaps)} pairs a side has no valid joules{f': {reason}' * bool(reason)}.")
     return " ".join(sentences)
 
 
@@ -121,6 +124,11 @@ def heading(matched_by: str) -> str:
 def _below_one(one: Gap, quantity: str) -> bool:
     value = one.factors.get(quantity)
     return value is not None and value.median < 1
+
+
+def _at_least_one(one: Gap, quantity: str) -> bool:
+    value = one.factors.get(quantity)
+    return value is not None and value.median >= 1
 
 
 def _span(low: float, high: float) -> str:
@@ -140,10 +148,10 @@ def spread(value: Factor | None) -> str:
     return middle if value.low == value.high else f"{middle} [{three(value.low)}-{three(value.high)}]"
 
 
-def efficiency_gap(gaps: Sequence[Gap], reason: str | None) -> Figure | None:
+def efficiency_gap(gaps: Sequence[Gap]) -> Figure | None:
     """Dense = 1, each sparse model's factors, and the yardstick of the literature in a field of its own, on a log axis.
 
-    ``reason``: why joules are missing, for the key. None where there is nothing to compare.
+    None where there is nothing to compare.
     """
     if not gaps:
         return None
@@ -171,20 +179,18 @@ def efficiency_gap(gaps: Sequence[Gap], reason: str | None) -> Figure | None:
     )  # fmt: skip
     axes[-1].set_xlabel("times less than dense (dense = 1); bars: lowest to highest round")
     handles = [
-        axes[-1].plot(
-            [], [], marker, color=colour, ms=5, mfc=colour if q in MEASURED else "none", label=_key(q, reason)
-        )
+        axes[-1].plot([], [], marker, color=colour, ms=5, mfc=colour if q in MEASURED else "none", label=_key(q, gaps))
         for q, (colour, marker) in looks.items()
     ]
     figure.legend(handles=[h[0] for h in handles], loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 
-def _key(quantity: str, reason: str | None) -> str:
+def _key(quantity: str, gaps: Sequence[Gap]) -> str:
     if quantity not in MEASURED:
         return f"{QUANTITIES[quantity]}, counted"
-    if quantity == "joules" and reason:
-        return "joules: not measured"
+    if all(one.factors.get(quantity) is None for one in gaps):
+        return f"{QUANTITIES[quantity]}: not measured"
     return f"{QUANTITIES[quantity]}, measured"
 
 

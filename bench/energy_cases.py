@@ -18,6 +18,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,9 @@ from moesaic.bench.layer_cases import SHORT, n_turns
 from moesaic.metrics import count_flops
 from moesaic.metrics.flops import dense_width_at_equal_flops
 from moesaic.moe import FeatureConfig, MoE, Run, ToyConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from moesaic.bench.ensemble_peers import Ensemble
 
 EQUAL_WIDTH, EQUAL_PARAMETERS, EQUAL_FLOPS = "equal total width", "equal parameters", "equal active FLOPs"
 MASKED = "dense products on masked data"
@@ -40,6 +44,7 @@ AGREEMENT = {"float32": 1e-4, "bfloat16": 4e-2}
 class Work:
     """A workload: ``call`` does ``units`` units (tokens, model-steps, trainings) of ``flops`` and ``bytes`` each.
 
+    ``executed_flops`` include padding, ``dense_equivalent_flops`` are with every expert on, None where not known;
     ``least_bytes`` have to move whatever the implementation. Of whole trainings of so many ``steps``, ``train`` does
     fewer.
     """
@@ -57,6 +62,8 @@ class Work:
     least_bytes: float | None = None
     train: Callable[[int], object] | None = None
     steps: int = 0
+    executed_flops: float | None = None
+    dense_equivalent_flops: float | None = None
 
     @property
     def is_sparse(self) -> bool:
@@ -173,8 +180,7 @@ def layer_works(case: LayerCase, device: str) -> Iterator[list[Work]]:
         for name, (kind, module) in sides.items():
             flops = count_flops(module, turns[0][0])
             counted = flops.training if backward else flops.forward
-            moved = None if counted.bytes is None else counted.bytes.total / case.n_tokens
-            useful = None if counted.active.total is None else counted.active.total / case.n_tokens
+            moved = None if counted.bytes is None else counted.bytes.total
             works.append(
                 Work(
                     f"layer, {'forward + backward' if backward else 'forward'}",
@@ -184,10 +190,12 @@ def layer_works(case: LayerCase, device: str) -> Iterator[list[Work]]:
                     "token",
                     case.n_tokens,
                     _pass(module, turns, backward),
-                    useful,
-                    moved,
+                    _times(counted.active.total, 1 / case.n_tokens),
+                    _times(moved, 1 / case.n_tokens),
                     case.dtype,
                     _least_bytes(case, kind, name, backward),
+                    executed_flops=_times(counted.executed.total, 1 / case.n_tokens),
+                    dense_equivalent_flops=_times(counted.dense_equivalent.total, 1 / case.n_tokens),
                 )
             )
         yield works
@@ -267,7 +275,8 @@ TOYS = tuple(
 )
 """Few wide experts under the published gate, and many narrow ones under one whose router learns; data of `tradeoff`."""
 MODELS = {"cpu": 16, "cuda": 132}
-STEPS = 8
+STEPS = {"cpu": 8, "cuda": 512}
+"""Of a call: on a GPU a few steps take less time than their launch, and every side would cost the same."""
 
 
 def step_works(case: ToyCase, device: str, quick: bool) -> list[Work]:
@@ -292,13 +301,21 @@ def step_works(case: ToyCase, device: str, quick: bool) -> list[Work]:
                 toy_name(toy),
                 kind,
                 "step",
-                models * STEPS,
-                partial(ensemble.train, STEPS),
+                models * STEPS[device],
+                partial(ensemble.train, STEPS[device]),
                 _times(counted.active.total, batch),
                 _times(None if counted.bytes is None else counted.bytes.total, batch),
+                executed_flops=_executed(ensemble, toy, batch, models),
+                dense_equivalent_flops=_times(counted.dense_equivalent.total, batch),
             )
         )
     return works
+
+
+def _executed(ensemble: Ensemble, toy: ToyConfig, batch: int, models: int) -> float | None:
+    """Of a step of one model, its share of the rows that all compute as their first batch is routed."""
+    flops = count_flops(toy, samples=batch * models, executed_rows=ensemble.executed_rows())
+    return _times(flops.training.executed.total, 1 / models)
 
 
 def _times(value: float | None, count: float) -> float | None:

@@ -161,6 +161,7 @@ def training_works(case: ToyCase, found: EqualLoss, budget: Budget, device: str)
                 (counted.bytes.total if counted.bytes else 0) * samples,
                 train=partial(_train_for, runs, device),
                 steps=attempt.steps,
+                dense_equivalent_flops=(counted.dense_equivalent.total or 0) * samples,
             )
         )
     return works

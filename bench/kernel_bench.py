@@ -270,26 +270,31 @@ def run_bench(
         # The name of a CPU's roof has the number of threads.
         roof = asked.roof if found.points else None
     here["ended"] = environment.now()
+    options = {"against": list(peers), "device": device, "quick": quick, "threads": threads, "load_average": load}
+    record: dict[str, Any] = {
+        "benchmark": name, "description": benchmark.description, "options": options, "environment": here,
+        "rows": found.rows, "roof": None if roof is None else asdict(roof), **found.extra,
+        "failures": list(found.failures), "warnings": warnings, "figures": [],
+    }  # fmt: skip
+    _write(record, target)  # first of all: no figure that fails shall cost the results of an hour
     paths = found.draw(out / "figures")
     if roof is not None:
         from moesaic.bench.roof_figure import draw_points
 
         paths = [*paths, *draw_points(found.points, roof, found.points_key, out / "figures", f"bench-{name}-roofline")]
-    figures = [path.relative_to(out).as_posix() for path in paths]
-    options = {"against": list(peers), "device": device, "quick": quick, "threads": threads, "load_average": load}
-    record: dict[str, Any] = {
-        "benchmark": name, "description": benchmark.description, "options": options, "environment": here,
-        "rows": found.rows, "roof": None if roof is None else asdict(roof), **found.extra,
-        "failures": list(found.failures), "warnings": warnings, "figures": figures,
-    }  # fmt: skip
-    text = json.dumps(jsonable(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    replace_file(target, lambda path: path.write_text(text, encoding="utf-8"))
+    record["figures"] = [path.relative_to(out).as_posix() for path in paths]
+    _write(record, target)
     page = _page(name, benchmark, record, found)
     replace_file(out / f"bench-{name}.md", lambda path: path.write_text(page, encoding="utf-8"))
     said = [*(f"FAILED: {reason}" for reason in found.failures), *(f"warning: {warning}" for warning in warnings)]
     return BenchResult(
         record, "\n\n".join([*(table.text() for table in found.tables), *said, str(target)]), found.failures
     )
+
+
+def _write(record: Mapping[str, Any], target: Path) -> None:
+    text = json.dumps(jsonable(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    replace_file(target, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _load_average() -> float | None:

@@ -109,7 +109,7 @@ def energy_figures(found: Sequence[Cell], record: Mapping[str, Any], folder: Pat
         figures = {
             "cost": (cost_figure(found, record), "Loss, monosemanticity and active compute against measured cost",
                      _COST_CAPTION.format(_unit(record)[1])),
-            "efficiency_gap": (efficiency_gap(gaps(found, record), record["reason"]), "The efficiency gap",
+            "efficiency_gap": (efficiency_gap(gaps(found, record)), "The efficiency gap",
                                f"{_GAP_CAPTION} {YARDSTICK_WORDS}"),
         }  # fmt: skip
     for name, (figure, title, caption) in figures.items():

@@ -87,7 +87,10 @@ def measure_sweep(
     if not found:
         return
     held = store.energy()
-    if held is not None and _covers(held, found, device):
+    source = find_meter(meter, device=device) if isinstance(meter, str) else meter
+    # What a meter refused, or nobody could read then, is tried again where there is a meter now.
+    settled = held is not None and (held["reason"] is None or isinstance(source, str))
+    if held is not None and settled and _covers(held, found, (device, impl, quick)):
         return
     record = alone(partial(_measure, found, device=device, impl=impl, quick=quick, say=say, meter=meter))
     text = json.dumps(jsonable(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -109,7 +112,6 @@ def _measure(
             {name: clock(partial(_repeat, work), device) for name, work in works.items()},
             rounds=QUICK_ROUNDS if quick else ROUNDS, least_s=LEAST_S,
         )  # fmt: skip
-        source = find_meter(meter, device=device) if isinstance(meter, str) else meter
         results: Mapping[str, Any] = {}
         reason = None
         if isinstance(source, str):
@@ -164,6 +166,7 @@ def _cell(stack: Stack, timing: Any, result: Any, steps: int | None) -> Row:
     }  # fmt: skip
 
 
-def _covers(held: Mapping[str, Any], found: Sequence[Stack], device: str) -> bool:
+def _covers(held: Mapping[str, Any], found: Sequence[Stack], how: tuple[str, str, bool]) -> bool:
     keys = {tuple(cell["run_keys"]) for cell in held["cells"]}
-    return held["device"] == device and keys == {tuple(row["run_key"] for row in one.rows) for one in found}
+    same = tuple(held.get(name) for name in ("device", "impl", "quick")) == how
+    return same and keys == {tuple(row["run_key"] for row in one.rows) for one in found}

@@ -148,7 +148,8 @@ class EnergyMeter(Protocol):
     def record(self) -> Iterator[Recording]:
         """A `Recording` that grows by each change of the counter; a thread looks every 2 ms.
 
-        The board's state is read right after a change, so that reading it makes no change seem late.
+        The board's state is read right after a change, so that reading it makes no change seem late. RuntimeError at
+        the end where the meter failed meanwhile, whatever its library raises.
         """
         recording = Recording()
         stop = threading.Event()
@@ -169,7 +170,10 @@ class EnergyMeter(Protocol):
                 yield recording
             finally:
                 stop.set()
-                polling.result()  # here: a meter that failed is why there are too few ticks
+                # Here: a meter that failed is why there are too few ticks.
+                if (error := polling.exception()) is not None:
+                    words = f"{error or type(error).__name__}"
+                    raise RuntimeError(f"{type(self).__name__} failed while it was read: {words}") from error
 
 
 class NvmlMeter(EnergyMeter):

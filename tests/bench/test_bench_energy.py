@@ -20,11 +20,13 @@ from moesaic.bench.energy_cases import (
     EQUAL_WIDTH,
     MASKED,
     MULTIPLE,
+    STEPS,
     TOYS,
     LayerCase,
     Masked,
     Work,
     layer_works,
+    step_works,
 )
 from moesaic.bench.energy_training import EQUAL_LOSS, Budget, to_equal_loss, training_works
 from moesaic.bench.energy_windows import long_enough, steps_per_call
@@ -81,7 +83,29 @@ def test_all_sides_of_a_layer_get_the_same_data_and_the_masked_one_is_the_moe() 
         assert other.bytes is not None
         assert one.bytes is not None
         assert other.bytes > one.bytes
-    assert by_name["MoE 6×48 k=2"].flops == 2 * CASE.d_model * (3 * CASE.top_k * CASE.d_ff + CASE.n_experts)
+    moe = by_name["MoE 6×48 k=2"]
+    assert moe.flops == 2 * CASE.d_model * (3 * CASE.top_k * CASE.d_ff + CASE.n_experts)
+    assert moe.dense_equivalent_flops == 2 * CASE.d_model * CASE.n_experts * (3 * CASE.d_ff + 1)
+    assert moe.executed_flops is not None
+    assert moe.executed_flops >= moe.flops
+    dense = by_name["dense 288"]
+    assert dense.flops == dense.executed_flops == dense.dense_equivalent_flops
+
+
+def test_a_step_has_useful_executed_and_dense_equivalent_flops() -> None:
+    sparse, *dense = step_works(TOY, "cpu", quick=True)
+    toy = TOY.toy
+    losses = sparse.call()
+    assert isinstance(losses, tuple)
+    assert losses[0].numel() == sparse.units == 4 * STEPS["cpu"]
+    assert sparse.flops is not None
+    assert sparse.executed_flops is not None
+    assert sparse.dense_equivalent_flops == count_flops(toy, samples=256).training.dense_equivalent.total
+    assert sparse.flops <= sparse.executed_flops
+    for one in dense:
+        assert one.executed_flops is not None
+        assert one.flops == one.dense_equivalent_flops
+        assert one.executed_flops >= (one.flops or math.inf)
 
 
 def test_a_wrong_masked_layer_stops_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +190,8 @@ def test_rows_hold_joules_per_unit_and_null_where_not_valid() -> None:
     assert (row["power_w"], row["idle_w"], row["valid"]) == (300.0, 70.0, True)
     spread = Measured(work("MoE", "", 20.0), timing, metered(5.0, valid=False), 10.0).row()
     assert (spread["j_per_token"], spread["useful_flops_per_j"], spread["valid"]) == (None, None, False)
+    assert (spread["scope"], row["not_measured"]) == ("gpu_board", None)
+    assert spread["not_measured"] == "not valid: trials vary by 1.0%, less than 2 % is"
     none = Measured(work("MoE", "", 20.0), timing, None, 10.0, "no meter").row()
     assert (none["j_per_token"], none["power_w"], none["not_measured"]) == (None, None, "no meter")
     json.dumps(row)

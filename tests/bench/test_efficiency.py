@@ -47,11 +47,13 @@ def test_rounds_must_pair() -> None:
 
 def test_words_put_the_four_side_by_side_and_say_where_they_disagree() -> None:
     gaps = [gap("equal total width", NAMES, SPARSE, DENSE), gap("masked data", NAMES, SPARSE, SPARSE)]
-    text = gap_words(gaps, "no meter here")
+    text = gap_words(gaps[:1], "no meter here")
+    assert text.endswith("Joules were not measured: no meter here.")
+    text = gap_words(gaps, "a counter stood still")
     assert "At equal total width, dense over sparse: FLOPs 4, bytes 0.5, time 0.75" in text
     assert "in 1 of 1 pairs the sparse model has no more FLOPs and yet takes longer." in text
     assert "Against masked data, dense over sparse: FLOPs 1, bytes 1, time 1, joules 1." in text
-    assert text.endswith("Joules were not measured: no meter here.")
+    assert text.endswith("In 1 of 2 pairs a side has no valid joules: a counter stood still.")
     assert "not measured" not in gap_words(gaps, None)
 
 
@@ -66,7 +68,8 @@ def test_the_figure_has_dense_at_1_and_the_yardstick_apart() -> None:
 
     gaps = [gap("equal total width", NAMES, SPARSE, DENSE), gap("equal loss", NAMES, SPARSE, DENSE)]
     with style():
-        figure = efficiency_gap(gaps, "no meter")
+        figure = efficiency_gap(gaps)
+        some = efficiency_gap([*gaps, gap("equal loss", NAMES, SPARSE, SPARSE)])
     assert figure is not None
     assert [axes.get_title() or axes.get_title(loc="left") for axes in figure.axes] == [
         "At equal total width",
@@ -83,7 +86,14 @@ def test_the_figure_has_dense_at_1_and_the_yardstick_apart() -> None:
     assert any("literature estimate, not measured" in text.get_text() for text in figure.axes[0].texts)
     key = [text.get_text() for text in figure.legends[0].get_texts()]
     assert "joules: not measured" in key
-    assert efficiency_gap([], None) is None
+    assert some is not None
+    assert "joules, measured" in [text.get_text() for text in some.legends[0].get_texts()]
+    assert efficiency_gap([]) is None
+
+
+def test_unknown_flops_are_not_called_no_more() -> None:
+    unknown = gap("equal loss", NAMES, Cost(seconds=(2.0,)), Cost(seconds=(1.0,)))
+    assert "no more FLOPs" not in gap_words([unknown], None)
 
 
 def test_no_ratio_of_a_measurement_to_the_yardstick_is_printed() -> None:

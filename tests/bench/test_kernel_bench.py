@@ -166,6 +166,17 @@ def test_a_benchmark_writes_json_markdown_and_its_figure(
     assert "**FAILED**: a disagrees" in (out / "bench-fake.md").read_text()
 
 
+def test_a_figure_that_fails_costs_no_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(folder: Path) -> list[Path]:
+        raise ValueError("nothing to draw")
+
+    found = Findings([{"ms": 1.5}], [Table("found")], draw)
+    monkeypatch.setitem(kernel_bench.BENCHES, "fake", Benchmark("a fake", {}, (), lambda options: found))
+    with pytest.raises(ValueError, match="nothing to draw"):
+        run_bench("fake", tmp_path, device="cpu")
+    assert json.loads((tmp_path / "bench-fake.json").read_text())["rows"] == [{"ms": 1.5}]
+
+
 def test_points_are_drawn_under_a_roof_that_is_asked_for_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roofs_asked: list[str], roof: Roof
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from moesaic.bench import sweep_energy
 from moesaic.bench.analysis import cells
+from moesaic.bench.interleave import Timing
 from moesaic.bench.plan import InputError, Preset, Row
 from moesaic.bench.presets import PRESETS
 from moesaic.bench.report import write_report
@@ -136,6 +137,30 @@ def test_what_is_measured_is_not_measured_again(folder: Path, monkeypatch: pytes
     before = (folder / "energy.json").read_bytes()
     measure(folder, lambda line: pytest.fail(line))
     assert (folder / "energy.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["a meter", "impl", "quick"])
+def test_a_meter_that_came_later_or_other_settings_are_measured_again(
+    change: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(energy, "find_meter", no_meter)
+    monkeypatch.setattr(energy, "compare_energy", lambda works, **_: {name: result(4.0) for name in works})
+    monkeypatch.setattr(sweep_energy, "interleave", lambda works, **_: {name: Timing(1, (1.0,)) for name in works})
+    if change == "a meter":
+        measure(folder)
+        rows = measure(folder, meter=METER).rows()
+        assert {row["cpu_package_j"] for row in rows} == {2.0}
+        measure(folder, lambda line: pytest.fail(line), meter=METER)
+        return
+    store = measure(folder, meter=METER)
+    record = store.energy()
+    assert record is not None
+    (folder / "energy.json").write_text(json.dumps({**record, change: "another"}))
+    said: list[str] = []
+    again = measure(folder, said.append, meter=METER).energy()
+    assert said
+    assert again is not None
+    assert again[change] == record[change]
 
 
 def test_a_sweep_measures_after_training_and_its_parquet_has_the_joules(
