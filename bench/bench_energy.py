@@ -150,7 +150,7 @@ def measure(works: Sequence[Work], options: Options, meter: EnergyMeter | str) -
 
         windows = QUICK_WINDOWS if options.quick else FULL_WINDOWS
         metered = {work.name: _cut(work, timings[work.name].high, windows) for work in works}
-        longest = max((timings[work.name].high for work in works if work.train is None), default=0.0)
+        longest = max((timings[work.name].high for work in works if work.part is None), default=0.0)
         calls = {name: work.call for name, work in metered.items()}
         try:
             results = compare_energy(calls, meter=meter, **long_enough(windows, longest))
@@ -164,10 +164,10 @@ def measure(works: Sequence[Work], options: Options, meter: EnergyMeter | str) -
 
 def _cut(work: Work, seconds: float, windows: Mapping[str, Any]) -> Work:
     """Return the workload, a whole training cut to as many steps as a window has room for."""
-    if work.train is None:
+    if work.part is None:
         return work
     steps = steps_per_call(work.steps, seconds, windows)
-    return replace(work, call=partial(work.train, steps), units=work.units * steps / work.steps)
+    return replace(work, call=work.part(steps), units=work.units * steps / work.steps)
 
 
 def _repeat(work: Work, count: int) -> None:
@@ -276,7 +276,7 @@ def _equal_loss_words(case: ToyCase, equal: EqualLoss) -> str:
     missed = [toy_name(toy) for toy, attempt in equal.reached.items() if attempt is None]
     text = (
         f"Target of {case.name}: held-out unexplained variance {equal.target:.4f}, the MoE's mean over seeds for all "
-        "of the steps. At equal loss stands the narrowest dense model that reaches it."
+        "of the steps. At equal loss stands the dense model that reaches it with the fewest FLOPs."
     )
     return f"{text} Not reached by {', '.join(missed)}: null." if missed else text
 

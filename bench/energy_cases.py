@@ -45,8 +45,8 @@ class Work:
     """A workload: ``call`` does ``units`` units (tokens, model-steps, trainings) of ``flops`` and ``bytes`` each.
 
     ``executed_flops`` include padding, ``dense_equivalent_flops`` are with every expert on, None where not known;
-    ``least_bytes`` have to move whatever the implementation. Of whole trainings of so many ``steps``, ``train`` does
-    fewer.
+    ``least_bytes`` have to move whatever the implementation. Of whole trainings of so many ``steps``,
+    ``part`` makes what does fewer at a call.
     """
 
     subject: str
@@ -60,7 +60,7 @@ class Work:
     bytes: float | None
     dtype: str = "float32"
     least_bytes: float | None = None
-    train: Callable[[int], object] | None = None
+    part: Callable[[int], Callable[[], object]] | None = None
     steps: int = 0
     executed_flops: float | None = None
     dense_equivalent_flops: float | None = None
@@ -176,11 +176,13 @@ def layer_works(case: LayerCase, device: str) -> Iterator[list[Work]]:
     sides[f"masked {case.n_experts * case.d_ff:,}"] = (MASKED, Masked(moe))
     _check(moe, Masked(moe), turns[0][0], case)
     for backward in (False, True):
-        works = []
+        works: list[Work] = []
         for name, (kind, module) in sides.items():
             flops = count_flops(module, turns[0][0])
             counted = flops.training if backward else flops.forward
             moved = None if counted.bytes is None else counted.bytes.total
+            # Useful is what the choice of experts asks for; the masked layer executes more to the same end.
+            useful = counted.active.total if kind != MASKED else works[0].flops and works[0].flops * case.n_tokens
             works.append(
                 Work(
                     f"layer, {'forward + backward' if backward else 'forward'}",
@@ -190,7 +192,7 @@ def layer_works(case: LayerCase, device: str) -> Iterator[list[Work]]:
                     "token",
                     case.n_tokens,
                     _pass(module, turns, backward),
-                    _times(counted.active.total, 1 / case.n_tokens),
+                    _times(useful, 1 / case.n_tokens),
                     _times(moved, 1 / case.n_tokens),
                     case.dtype,
                     _least_bytes(case, kind, name, backward),

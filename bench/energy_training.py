@@ -20,7 +20,7 @@ from moesaic.metrics import count_flops
 from moesaic.moe import Run, ToyConfig
 
 EQUAL_LOSS = "equal loss"
-"""Of the dense models that reach the target, the narrowest."""
+"""Of the dense models that reach the target, the one that gets there with the fewest FLOPs."""
 LOSS = "unexplained_variance"
 TUNING_SEED = 1_000_000
 
@@ -85,8 +85,13 @@ def to_equal_loss(case: ToyCase, budget: Budget, train: Trainer) -> EqualLoss:
         reached[toy] = min(able, key=lambda one: one.steps, default=None)
     good = [toy for toy, attempt in reached.items() if attempt is not None and toy != case.toy]
     if good:
-        labels[min(good, key=lambda toy: toy.n_hidden)].append(EQUAL_LOSS)
+        labels[min(good, key=lambda toy: _flops(toy, reached[toy]))].append(EQUAL_LOSS)
     return EqualLoss(target, attempts, reached, {toy: "; ".join(kinds) for toy, kinds in labels.items()})
+
+
+def _flops(toy: ToyConfig, attempt: Attempt | None) -> float:
+    """Of a training, per sample of a batch."""
+    return (count_flops(toy).training.active.total or 0) * (attempt.steps if attempt else 0)
 
 
 def _runs(case: ToyCase, toy: ToyConfig, steps: int, lr: float, seeds: Sequence[int]) -> list[PlannedRun]:
@@ -133,14 +138,11 @@ def _loss(row: Row) -> float:
     return float(value) if isinstance(value, float | int) else float("inf")
 
 
-def _train_for(runs: Sequence[Run], device: str, steps: int) -> object:
-    from moesaic.moe import train_runs
-
-    return train_runs([replace(run, training=replace(run.training, steps=steps)) for run in runs], device=device)
-
-
 def training_works(case: ToyCase, found: EqualLoss, budget: Budget, device: str) -> list[Work]:
     """The trainings that reach the target, to be measured: each a stack of all seeds."""
+    from moesaic.moe import train_runs
+    from moesaic.moe.trainer import training_part
+
     works = []
     for toy, attempt in found.reached.items():
         if attempt is None or (toy != case.toy and not found.matched_by[toy]):
@@ -156,10 +158,10 @@ def training_works(case: ToyCase, found: EqualLoss, budget: Budget, device: str)
                 found.matched_by[toy],
                 "training",
                 len(runs),
-                partial(_train_for, runs, device, attempt.steps),
+                partial(train_runs, runs, device=device),
                 (counted.active.total or 0) * samples,
                 (counted.bytes.total if counted.bytes else 0) * samples,
-                train=partial(_train_for, runs, device),
+                part=partial(training_part, runs, device=device),
                 steps=attempt.steps,
                 dense_equivalent_flops=(counted.dense_equivalent.total or 0) * samples,
             )

@@ -2,8 +2,8 @@
 
 A cell is an architecture on a data set. Its seeds train as one stack, as they did in the sweep, again and again:
 first whole by the clock, in interleaved rounds; then, where a meter is, in windows of equal duration (see
-`moesaic.metrics.compare_energy`), a training cut into shorter ones where it is long for a window. Joules and seconds
-of a run are those of its stack over the number of its models.
+`moesaic.metrics.compare_energy`), where a call does as many steps as are short for a window. Joules and seconds of a
+run are those of its stack over the number of its models; the set-up of a training is in its seconds, not its joules.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moesaic.bench import environment
 from moesaic.bench.energy_windows import QUICK, SHORT, steps_per_call
 from moesaic.bench.interleave import clock, equal_threads, interleave
 from moesaic.bench.plan import InputError, PlannedRun, Preset, Row, is_large
 from moesaic.bench.store import ENERGY_FILE, RunStore, jsonable, replace_file
+
+if TYPE_CHECKING:
+    from moesaic.moe import Run
 
 ROUNDS, QUICK_ROUNDS, LEAST_S = 5, 3, 0.05
 MOST_CELLS = 200
@@ -83,6 +86,8 @@ def measure_sweep(
     spread by 2 % or more. Nothing is written before all cells are measured, because they are measured in turn.
     ``alone`` calls what measures where nothing else runs, in another process if need be.
     """
+    from moesaic.metrics.energy import find_meter
+
     found = stacks(store.rows())
     if not found:
         return
@@ -103,7 +108,7 @@ def _measure(
     """What ``energy.json`` holds."""
     from moesaic.metrics.energy import find_meter
 
-    works = {one.name: _training(one, device, impl, one.steps) for one in found}
+    works = {one.name: _training(one, device, impl) for one in found}
     steps: dict[str, int] = {}
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     say(f"measuring the time of {len(found)} trainings, in turn")
@@ -112,6 +117,7 @@ def _measure(
             {name: clock(partial(_repeat, work), device) for name, work in works.items()},
             rounds=QUICK_ROUNDS if quick else ROUNDS, least_s=LEAST_S,
         )  # fmt: skip
+        source = find_meter(meter, device=device) if isinstance(meter, str) else meter
         results: Mapping[str, Any] = {}
         reason = None
         if isinstance(source, str):
@@ -121,10 +127,13 @@ def _measure(
             say(f"measuring joules with the meter of {source.scope}")
             try:
                 from moesaic.metrics.energy import compare_energy
+                from moesaic.moe.trainer import training_part
 
                 windows = QUICK if quick else SHORT
                 steps = {one.name: steps_per_call(one.steps, timings[one.name].high, windows) for one in found}
-                parts = {one.name: _training(one, device, impl, steps[one.name]) for one in found}
+                parts = {
+                    one.name: training_part(_runs(one), steps[one.name], device=device, impl=impl) for one in found
+                }
                 results = compare_energy(parts, meter=source, **windows)
             except (RuntimeError, ValueError) as error:
                 reason = str(error)
@@ -137,15 +146,18 @@ def _measure(
     }  # fmt: skip
 
 
-def _training(stack: Stack, device: str, impl: str, steps: int) -> Callable[[], object]:
-    """Trains the stack anew for so many steps."""
-    from moesaic.moe import train_runs
+def _runs(stack: Stack) -> list[Run]:
     from moesaic.moe.config import Run
 
     names = list(Run().flat())
-    runs = [Run.from_flat({name: row[name] for name in names}) for row in stack.rows]
-    cut = [dataclasses.replace(run, training=dataclasses.replace(run.training, steps=steps)) for run in runs]
-    return partial(train_runs, cut, device=device, impl=impl)
+    return [Run.from_flat({name: row[name] for name in names}) for row in stack.rows]
+
+
+def _training(stack: Stack, device: str, impl: str) -> Callable[[], object]:
+    """Trains the whole stack once."""
+    from moesaic.moe import train_runs
+
+    return partial(train_runs, _runs(stack), device=device, impl=impl)
 
 
 def _repeat(work: Callable[[], object], count: int) -> None:

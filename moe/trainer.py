@@ -172,6 +172,33 @@ def train_runs(
     )
 
 
+def training_part(runs: Sequence[Run], steps: int, *, device: str = "cpu", impl: str = "auto") -> Callable[[], None]:
+    """Return what trains the stack's next ``steps`` steps at every call, for measuring what a step costs.
+
+    Models and set-up are made here, once. After the last whole part the steps begin again, and the weights go on.
+
+    Args:
+        runs: as for `train_runs`, like what follows.
+        steps: of one call, at most those of the runs.
+        device: ``cpu`` or a CUDA device.
+        impl: ``auto``, ``numba``, ``triton`` or ``torch``.
+
+    Raises:
+        ValueError: no runs, or more steps than theirs.
+    """
+    if not runs or not 1 <= steps <= runs[0].training.steps:
+        most = runs[0].training.steps if runs else "no runs"
+        raise ValueError(f"steps={steps}: takes 1 to the steps of the runs ({most})")
+    trainer = _Trainer(list(runs), device, impl)
+
+    def part() -> None:
+        if trainer.step + steps > runs[0].training.steps:
+            trainer.step = 0
+        trainer.advance(steps)
+
+    return part
+
+
 def device_kind(device: str) -> str:
     """Return ``cpu`` or ``cuda``; raise ValueError for a device that is not there."""
     try:

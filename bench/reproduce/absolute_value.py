@@ -233,6 +233,11 @@ def _checks(rows: Sequence[Row], targets: dict[str, Any], quick: bool) -> list[C
     return checks
 
 
+def _no_columns(result: object, runs: Sequence[Run]) -> list[Row]:
+    """The trainer gives all columns itself."""
+    return [{} for _ in runs]
+
+
 def _conclude(rows: list[Row], targets: dict[str, Any], quick: bool, folder: Path) -> Outcome:
     from moesaic.bench.reproduce.absolute_value_figures import draw
 
@@ -250,7 +255,7 @@ REPRODUCTION = Reproduction(
     quick_seeds=1,
     max_models=7,
     plan=_plan,
-    columns=lambda result, runs: [{} for _ in runs],
+    columns=_no_columns,
     conclude=_conclude,
     trainer=train_and_measure,
 )

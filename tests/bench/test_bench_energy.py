@@ -115,7 +115,7 @@ def test_a_wrong_masked_layer_stops_the_benchmark(monkeypatch: pytest.MonkeyPatc
         next(layer_works(CASE, "cpu"))
 
 
-BUDGET = Budget((100, 200, 400), (0.1, 0.2, 0.3), (2, 50), 2)
+BUDGET = Budget((100, 200, 400), (0.1, 0.2, 0.3), (2, 40, 50), 2)
 
 
 def trainer(losses: Mapping[int, float], fails: int = -1) -> Any:
@@ -137,12 +137,13 @@ def trainer(losses: Mapping[int, float], fails: int = -1) -> Any:
 
 def test_steps_to_the_target_are_the_fewest_whole_training_that_gets_there() -> None:
     widths = TOY.widths()
-    losses = {widths[EQUAL_WIDTH]: 25.0, widths[EQUAL_FLOPS]: 101.0, 50: 50.0, 2: 1000.0}
+    losses = {widths[EQUAL_WIDTH]: 25.0, widths[EQUAL_FLOPS]: 101.0, 50: 25.0, 40: 100.0, 2: 1000.0}
     found = to_equal_loss(TOY, BUDGET, trainer(losses))
     assert found.target == pytest.approx(100 / 400)
     steps = {toy.n_hidden: one.steps if one else None for toy, one in found.reached.items()}
     assert steps[widths[EQUAL_WIDTH]] == 100
-    assert steps[50] == 200
+    assert steps[50] == 100
+    assert steps[40] == 400  # narrower than the one above, and costs more
     assert steps[2] is None
     assert steps[widths[EQUAL_FLOPS]] is None
     assert found.matched_by[TOY.dense(50)] == EQUAL_LOSS
@@ -153,7 +154,7 @@ def test_steps_to_the_target_are_the_fewest_whole_training_that_gets_there() -> 
     assert names == [
         f"MoE 16×{TOY.toy.n_hidden} k=2, 400 steps",
         f"dense m={widths[EQUAL_WIDTH]}, 100 steps",
-        "dense m=50, 200 steps",
+        "dense m=50, 100 steps",
     ]
     (null,) = [row for row in bench_energy.null_rows(TOY, found) if row["matched_by"] == EQUAL_FLOPS]
     assert null["j_to_target_loss"] is None
@@ -203,7 +204,8 @@ def test_a_training_too_long_for_a_window_is_metered_in_parts(monkeypatch: pytes
     def side(name: str, seconds: float) -> Work:
         return Work(
             "toy model, training to equal loss", "case", name, "" if name == "long" else EQUAL_LOSS, "training", 3.0,
-            lambda: called[name].append(400), 1.0, 1.0, train=called[name].append, steps=400,
+            lambda: called[name].append(400), 1.0, 1.0, steps=400,
+            part=lambda steps: lambda: called[name].append(steps),
         )  # fmt: skip
 
     def compare(works: Mapping[str, Any], *, meter: object, duration_s: float, **_: float) -> dict[str, EnergyResult]:

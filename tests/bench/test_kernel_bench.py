@@ -208,7 +208,7 @@ def test_wrong_names_peers_devices_and_folders_are_refused_before_any_work(
         run_bench("roofline", out, against=["torch"])
     with pytest.raises(InputError, match="--device 'gpu'"):
         run_bench("fake", out, device="gpu")
-    monkeypatch.setattr("moesaic.bench.environment.missing_extras", lambda: {"bench": ["numba"]})
+    monkeypatch.setattr("moesaic.bench.environment.missing_extras", lambda *_: {"bench": ["numba"]})
     with pytest.raises(InputError, match="numba not installed"):
         run_bench("fake", out, device="cpu")
     monkeypatch.undo()

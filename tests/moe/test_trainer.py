@@ -3,11 +3,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from moesaic.moe import FeatureConfig, Run, ToyConfig, TrainConfig, TrainStep, train, train_runs
+from moesaic.moe import FeatureConfig, Run, ToyConfig, TrainConfig, TrainStep, train, train_runs, trainer
 from moesaic.moe.config import GATES
 from moesaic.moe.trainer import _Trainer
 
@@ -190,3 +191,24 @@ def test_refusals() -> None:
         train(ToyConfig(), seeds=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="checkpoint_every=0"):
         train_runs([Run()], checkpoint_every=0)
+
+
+@pytest.mark.parametrize("impl", ["numba", "torch"])
+def test_a_part_trains_the_next_steps_and_begins_again_after_the_last(impl: str) -> None:
+    run = Run(SHAPES[0], training=dataclasses.replace(FAST, steps=5))
+    with patch.object(trainer._Trainer, "advance", autospec=True) as advance:
+
+        def count(self: trainer._Trainer, n_steps: int) -> float:
+            self.step += n_steps
+            return 0.0
+
+        advance.side_effect = count
+        part = trainer.training_part([run], 2, impl=impl)
+        begun = []
+        for _ in range(5):
+            part()
+            begun.append(advance.call_args.args[0].step - 2)
+    assert begun == [0, 2, 0, 2, 0]
+    for steps in (0, 6):
+        with pytest.raises(ValueError, match=rf"steps={steps}: takes 1 to the steps of the runs \(5\)"):
+            trainer.training_part([run], steps, impl=impl)
