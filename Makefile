@@ -35,7 +35,7 @@ types: $(VENV)/.dev ## mypy --strict on the four packages, the examples and the 
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev ## pytest, more than 90 % of the lines of kernels, moe and metrics covered
-	$(BIN)/pytest --cov --cov-fail-under=90 --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --cov --cov-fail-under=90 --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-huggingface: $(VENV)/.huggingface ## what needs transformers, its neighbour `kernels`, or Ray, installed for it (about 300 MB)
 	$(BIN)/pytest tests/test_packaging.py tests/moe/test_hf.py tests/moe/test_hf_routers.py tests/bench/test_bench_layer.py \

@@ -1,4 +1,4 @@
-"""The quickened interpreter still computes what the kernel says, and still refuses integers out of range."""
+"""The quickened interpreter computes what the kernel says, and refuses signed integers out of range."""
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # Triton compiles a function whose parameters are pointers of any type.
@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from operator import xor
 
 import pytest
 import torch
@@ -19,11 +21,13 @@ def _scaled(x, factor):
 
 
 @triton.jit
-def _kernel(Out, X, Whole, by, N: tl.constexpr, OPERATION: tl.constexpr):
+def _kernel(Out, X, Whole, Mixed, by, N: tl.constexpr, OPERATION: tl.constexpr):
     at = tl.program_id(0) * N + tl.arange(0, N)
     x = tl.load(X + at)
     pair = (_scaled(x[:, None] + tl.zeros([N, 4], tl.float32), 0.5), x.to(tl.float16))
     tl.store(Out + at, pair[0] + pair[1])
+    hash = at.to(tl.uint32) * 0x85EBCA6B
+    tl.store(Mixed + tl.program_id(0), tl.xor_sum(hash, axis=0).to(tl.int64))
     whole = tl.load(Whole + at)
     if OPERATION == "add":
         whole = whole + by
@@ -36,8 +40,11 @@ def _kernel(Out, X, Whole, by, N: tl.constexpr, OPERATION: tl.constexpr):
 
 def run(operation: str, whole: int, by: int, dtype: torch.dtype = torch.int32) -> tuple[torch.Tensor, torch.Tensor]:
     x, out, integers = torch.arange(8).float(), torch.full((8,), torch.nan), torch.full((8,), whole, dtype=dtype)
-    _kernel[(2,)](out, x, integers, by, N=4, OPERATION=operation)
+    mixed = torch.zeros(2, dtype=torch.int64)
+    _kernel[(2,)](out, x, integers, mixed, by, N=4, OPERATION=operation)
     assert torch.equal(out, 3 * x)
+    hashes = [at * 0x85EBCA6B % 2**32 for at in range(8)]  # unsigned integers wrap around
+    assert mixed.tolist() == [reduce(xor, hashes[:4]), reduce(xor, hashes[4:])]
     return out, integers
 
 

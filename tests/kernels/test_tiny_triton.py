@@ -6,6 +6,7 @@ compiler made of each kernel.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -327,11 +328,13 @@ def widths(code: list[str], memory: str) -> Counter[str]:
 
 CASES = [(1, torch.bfloat16, False), (1, torch.bfloat16, True), (8, torch.bfloat16, False), (8, torch.bfloat16, True)]
 CASES += [(1, torch.float32, False), (8, torch.float32, False)]
+# On other chips than sm_90 a case of each type, so that each kernel, turned or not, is compiled.
+FEWER = [(1, torch.bfloat16, True), (8, torch.float32, False)]
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_compiles_without_spills_to_vectors(arch: int) -> None:
-    for n, dtype, turned in CASES:
+    for n, dtype, turned in CASES if arch == 90 or os.environ.get("MOESAIC_ALL_TILES") else FEWER:
         for name, usage, code in compiled(arch, n, dtype, turned):
             assert usage["STACK"] == 0, name
             assert not [text for text in code if "LDL" in text or "STL" in text], name

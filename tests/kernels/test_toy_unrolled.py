@@ -12,16 +12,18 @@ from moesaic.kernels.ensemble import GATES
 from moesaic.kernels.features import INDEPENDENT
 
 BATCH = 50
-# Every gate with its router's gradient; random and oracle share the code of "frozen".
+# Every gate with its router's gradient; random and oracle share the code of "frozen". Each case is seconds of
+# compilation; those of 3, 2, 2, 1 are trained by other tests too.
 CASES = [
     # n, m, E, k, gate, load_balance
-    *((n, m, e, 1, "paper", 0.1) for n, m, e in ((2, 1, 1), (2, 1, 2), (3, 2, 3))),
-    (3, 1, 2, 2, "paper", 0.0),
+    *((n, m, e, 1, "paper", 0.1) for n, m, e in ((2, 1, 1), (3, 2, 2), (3, 2, 3))),
+    (2, 1, 2, 2, "paper", 0.0),
     (3, 2, 3, 2, "switch", 0.1),
+    (3, 2, 2, 1, "switch", 0.0),
     (2, 1, 1, 1, "sigmoid", 0.1),
     (3, 2, 2, 1, "straight_through", 0.1),
-    (3, 1, 2, 1, "random", 0.1),
-    (5, 1, 3, 3, "oracle", 0.0),
+    (3, 2, 2, 1, "random", 0.1),
+    (5, 1, 2, 2, "oracle", 0.0),
 ]
 
 
@@ -78,7 +80,7 @@ def test_the_unrolled_step_is_the_grouped_one(
 
 @pytest.mark.parametrize("changed", [{"weight_decay": 0.0}, {"load_balance": 0.09}, {"eps": 1e-5}], ids=str)
 def test_the_agreement_can_fail(changed: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    case = (3, 2, 3, 2, "paper", 0.1)
+    case = (3, 2, 3, 2, "switch", 0.1)
     ours = trained(case)
     monkeypatch.setattr(toy_unrolled, "fits", lambda *sizes: False)
     theirs = trained(case, **changed)
@@ -106,7 +108,7 @@ def test_a_stack_of_many_kinds_is_trained_like_its_parts() -> None:
         scale=torch.full((models,), 1 / BATCH), beta1=torch.full((models,), 0.9).double(),
         weight_decay=torch.full((models,), 0.01).double(), beta2=torch.full((models,), 0.999).double(),
         eps=torch.full((models,), 1e-8).double(),
-        load_balance=torch.tensor([0.1, 0.0, 0.1, 0.1, 0.1, 0.1, 0.0]).double(),
+        load_balance=torch.tensor([0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.0]).double(),
     )  # fmt: skip
     start = torch.randn(models, shape.n_parameters, generator=generator)
     lr = torch.full((models, steps), 1e-2, dtype=torch.float64)

@@ -20,6 +20,8 @@ from types import ModuleType
 import torch
 import torch.distributed as dist
 
+from moesaic.kernels._extras import numba_twin
+
 
 def load(file: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location("checks", file)
@@ -50,6 +52,8 @@ def work(module: ModuleType, names: list[str], rank: int, size: int, folder: Pat
 def main(file: str, names: str, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     module = load(file)
+    for twin in ("activations_cpu", "grouped_cpu", "routing_cpu"):  # else each rank imports Numba
+        numba_twin(twin)
     processes = []
     for rank in range(size):
         with warnings.catch_warnings():

@@ -74,8 +74,8 @@ def test_the_agreement_can_fail(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("impl", ["numba", "torch"])
 def test_training_learns_and_repeats_bit_for_bit(impl: str) -> None:
     training = dataclasses.replace(FAST, steps=300, lr=1e-2)
-    first = train(ToyConfig(8, 4, parametrization="tms"), training=training, seeds=(0, 1), impl=impl)
-    again = train(ToyConfig(8, 4, parametrization="tms"), training=training, seeds=(0, 1), impl=impl)
+    first = train(ToyConfig(12, 4, parametrization="tms"), training=training, seeds=(0, 1), impl=impl)
+    again = train(ToyConfig(12, 4, parametrization="tms"), training=training, seeds=(0, 1), impl=impl)
     assert torch.equal(first.losses, again.losses)
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
     assert bool((first.losses[:, -50:].mean(1) < 0.6 * first.losses[:, :10].mean(1)).all())
@@ -125,7 +125,7 @@ def test_a_torn_checkpoint_is_refused_and_none_is_left_behind(tmp_path: Path) ->
 
 
 def test_callback_sees_every_step_and_the_models_of_then() -> None:
-    runs = [Run(ToyConfig(6, 2), training=dataclasses.replace(FAST, steps=5))]
+    runs = [Run(SHAPES[0], training=dataclasses.replace(FAST, steps=5))]
     seen: list[tuple[int, float, torch.Tensor]] = []
 
     def look(step: TrainStep) -> None:
