@@ -145,14 +145,16 @@ def _is_current(store: RunStore) -> bool:
     if not store.parquet.exists() or any(p.stat().st_mtime_ns > store.parquet.stat().st_mtime_ns for p in sources):
         return False
     try:
-        found = duckdb.execute("SELECT count(*) FROM read_parquet(?)", [str(store.parquet)]).fetchone()
+        # Not the default connection, which belongs to whoever calls.
+        with duckdb.connect() as connection:
+            [found] = connection.execute("SELECT count(*) FROM read_parquet(?)", [str(store.parquet)]).fetchall()
     except duckdb.Error:
         return False
     if not store.path.exists():
         return True
     with store.path.open("rb") as file:
         lines = sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-    return found is not None and found[0] == lines
+    return int(found[0]) == lines
 
 
 def plain(value: object) -> object:
