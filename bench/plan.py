@@ -92,7 +92,7 @@ def unique(planned: Sequence[PlannedRun]) -> list[PlannedRun]:
     seen: dict[str, PlannedRun] = {}
     for item in planned:
         first = seen.setdefault(item.run.key, item)
-        if dict(first.labels) != dict(item.labels):
+        if first.labels is not item.labels and dict(first.labels) != dict(item.labels):
             raise ValueError(f"one run is planned with labels {dict(first.labels)} and {dict(item.labels)}: {item.run}")
     return list(seen.values())
 
