@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from moesaic.bench import environment
+from moesaic.bench.models import MODEL
 from moesaic.bench.plan import InputError, PlannedRun, Row
 from moesaic.bench.progress import Progress, model_steps
 from moesaic.bench.store import RunStore, jsonable
@@ -212,8 +213,11 @@ def train_group(group: Group, work: Work, watcher: Watcher) -> list[Row]:
 
 
 def sendable_rows(group: Group, work: Work, watcher: Watcher) -> list[Row]:
-    """`train_group` for another process: JSON values alone travel, no tensors."""
-    return [{name: jsonable(value) for name, value in row.items()} for row in train_group(group, work, watcher)]
+    """`train_group` for another process: JSON values and NumPy's arrays travel, no tensors."""
+    return [
+        {name: value if name == MODEL else jsonable(value) for name, value in row.items()}
+        for row in train_group(group, work, watcher)
+    ]
 
 
 def after_death(group: Group, work: Work, cause: str) -> tuple[list[list[PlannedRun]], list[Row]]:

@@ -202,14 +202,10 @@ def swept_column(found: Sequence[Cell]) -> Figure | None:
     column = max(names, key=lambda name: len(values[name]))
     if len(values[column]) < 3 or any(c.value("slice") for c in found):
         return None
+    varying = [name for name in names if name != column and len({repr(c.value(name)) for c in found}) > 1]
     lines: dict[str, list[Cell]] = {}
     for cell in sorted(found, key=lambda c: number(c.rows[0], column) or 0.0):
-        rest = [
-            f"{name}={cell.value(name)}"
-            for name in names
-            if name != column and len({repr(c.value(name)) for c in found}) > 1
-        ]
-        lines.setdefault(", ".join(rest), []).append(cell)
+        lines.setdefault(", ".join(f"{name}={cell.value(name)}" for name in varying), []).append(cell)
     if len(lines) > MAX_LINES:
         return None
     figure, (pair,) = panels(1, 2, width=4.4)

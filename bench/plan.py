@@ -36,10 +36,17 @@ def closest(name: str, allowed: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One model to train; ``labels`` (stage, dataset, comparison, …) become extra columns of its row."""
+    """One model to train.
+
+    Args:
+        run: its configuration and seed.
+        labels: extra columns of its row: stage, dataset, comparison, ….
+        keep: whether its weights and loss curve are kept (see `moesaic.bench.models`); nothing else depends on it.
+    """
 
     run: Run
     labels: Mapping[str, str | int] = field(default_factory=dict)
+    keep: bool = False
 
 
 Stage = Callable[[list[Row]], list[PlannedRun]]
@@ -85,7 +92,7 @@ def unique(planned: Sequence[PlannedRun]) -> list[PlannedRun]:
     seen: dict[str, PlannedRun] = {}
     for item in planned:
         first = seen.setdefault(item.run.key, item)
-        if dict(first.labels) != dict(item.labels):
+        if first.labels is not item.labels and dict(first.labels) != dict(item.labels):
             raise ValueError(f"one run is planned with labels {dict(first.labels)} and {dict(item.labels)}: {item.run}")
     return list(seen.values())
 

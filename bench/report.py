@@ -78,6 +78,10 @@ def write_report(run_dir: Path) -> Path:
         drawn = report_middle_path.figures(middle, store.folder / "figures")
     else:
         drawn = draw_figures(found, store.folder / "figures")
+    if found and not reproduces:
+        from moesaic.bench.figures_models import model_figures
+
+        drawn += model_figures(found, compared, store.folder, store.folder / "figures")
     measured = store.energy() if found else None
     if measured:
         drawn += energy_figures(found, measured, store.folder / "figures")

@@ -99,10 +99,10 @@ def mixtures(found: Sequence[Cell]) -> list[Mixture]:
 
 
 def words(found: Sequence[Mixture]) -> str:
-    """The answer in plain words, from the intervals alone."""
+    """The answer in plain words, from the intervals alone: a paragraph for the question and one for each data set."""
     if not found:
         return ""
-    sentences = [
+    paragraphs = [
         "Is there a mix of shared and routed capacity that keeps most of the FLOPs saved and most of the lower loss of "
         f"the dense model that is as wide? Most means more than {MOST:.0%}, of the recovered loss with its whole "
         "interval."
@@ -113,16 +113,15 @@ def words(found: Sequence[Mixture]) -> str:
         if both:
             listed = "; ".join(_numbers(one) for one in sorted(both, key=lambda one: -one.recovered.mean)[:4])
             more = f" and {len(both) - 4} more" if len(both) > 4 else ""
-            sentences.append(f"On {dataset}, yes: {listed}{more}.")
+            answer = f"On {dataset}, yes: {listed}{more}."
         else:
             able = [one for one in here if one.saved > MOST]
             nearest = max(able, key=lambda one: one.recovered.mean, default=None)
-            sentences.append(
-                f"On {dataset}, no"
-                + (f"; of those that save more than {MOST:.0%}, nearest comes {_numbers(nearest)}." if nearest else ".")
+            answer = f"On {dataset}, no" + (
+                f"; of those that save more than {MOST:.0%}, nearest comes {_numbers(nearest)}." if nearest else "."
             )
-        sentences.append(_shared_sentence(dataset, here))
-    return " ".join(sentences)
+        paragraphs.append(f"{answer} {_shared_sentence(dataset, here)}".rstrip())
+    return "\n".join(paragraphs)
 
 
 def _numbers(one: Mixture) -> str:
@@ -211,7 +210,8 @@ def figures(found: Sequence[Mixture], folder: Path) -> list[Drawn]:
         )
         place_labels(figure, labelled, size=7)
         svg = save(figure, folder, "middle_path")
-    return [Drawn("middle_path", "The middle path", f"{NOTE} Labels: experts × width, k active, + shared width.", svg)]
+    labels = "Labels, where no other mixture saves and recovers as much: experts × width, k active, + shared width."
+    return [Drawn("middle_path", "The middle path", f"{NOTE} {labels}", svg)]
 
 
 SHADES = {0.0: "#7a2f00", 0.25: "#c84e00", 0.5: "#e88d4d", 0.75: "#f3c9a8"}
@@ -235,12 +235,21 @@ def _recovered(axes: Axes, here: Sequence[Mixture]) -> Labelled:
     for one in shown:
         y = one.recovered
         _mark(axes, one, y)
-        panel.add(Label(one.saved, y.mean, one.name), y)
+        if not any(_beats(other, one) for other in shown):
+            panel.add(Label(one.saved, y.mean, one.name), y)
+        else:
+            panel.covered.append((one.saved, y.mean))
     # A mixture far below the dense model of equal cost would press all others into a line.
     low = min([0.0, *(one.recovered.mean for one in shown)])
     axes.set_ylim(max(low, -2.0) - 0.15, 1.12)
     _percent(axes)
     return panel
+
+
+def _beats(other: Mixture, one: Mixture) -> bool:
+    """Whether ``other`` saves and recovers as much as ``one`` and more of either."""
+    ours, theirs = ((m.saved, m.recovered.mean) for m in (one, other))
+    return theirs != ours and theirs[0] >= ours[0] and theirs[1] >= ours[1]
 
 
 def _mark(axes: Axes, one: Mixture, y: Estimate) -> None:
@@ -267,7 +276,9 @@ def _dimensionality(axes: Axes, here: Sequence[Mixture]) -> None:
         axes.plot([], [], "D", color=color, ms=5, mec="#7a2f00", mew=0.5, label=f"{share:.0%} shared")
     axes.plot([], [], "o", color=DENSE, ms=3.5, label="dense, equal FLOPs")
     axes.plot([], [], "o", color=DENSE, ms=3.5, mfc=PAPER, label="dense, equal width")
-    axes.set_ylim(bottom=0)
+    # An interval of few seeds may leave the page; it would press the means into a line.
+    means = [c.mean(DIMENSIONALITY) for one in here for c in (one.cell, one.equal_flops, one.equal_width)]
+    axes.set_ylim(0, 1.15 * max([0.1, *(m for m in means if math.isfinite(m))]))
     _percent(axes)
 
 

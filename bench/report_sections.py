@@ -44,13 +44,14 @@ _NOTES = {
 
 
 def words_section(words: str) -> str:
-    """The paragraph in plain words, its comparisons in bold; nothing where there is none."""
+    """The paragraphs in plain words, a line each, their comparisons in bold; nothing where there are none."""
     if not words:
         return ""
     text = escape(words)
     for phrase in (f"At {kind}" for kind in KINDS):
         text = text.replace(phrase, f"<b>{phrase}</b>")
-    return f'<h2>In plain words</h2><p class="words">{text}</p>'
+    paragraphs = "\n".join(f'<p class="words">{line}</p>' for line in text.splitlines())
+    return f"<h2>In plain words</h2>{paragraphs}"
 
 
 def summary_line(rows: Sequence[Row], environment: Mapping[str, object]) -> str:

@@ -19,6 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from moesaic.bench.models import path_of, take_out
 from moesaic.bench.plan import InputError, Row
 
 TIME_COLUMNS = ("wall_s", "started_at", "gpu_board_j", "cpu_package_j")
@@ -120,7 +121,8 @@ class RunStore:
     def append(self, rows: Iterable[Mapping[str, object]]) -> list[Row]:
         """Writes the rows whose ``run_key`` is new, all or none of them, and returns them as they read back.
 
-        Non-finite numbers become null; tensors and arrays become lists.
+        Non-finite numbers become null; tensors and arrays become lists. A model that is to be kept goes into a file of
+        its own, before its row.
 
         Raises:
             KeyError: a row has no ``run_key``.
@@ -131,6 +133,7 @@ class RunStore:
         for row in rows:
             key = str(row["run_key"])
             if key not in known and key not in new:
+                row = self._without_model(row)
                 new[key] = {name: jsonable(value) for name, value in row.items()}
         if not new:
             return []
@@ -187,6 +190,17 @@ class RunStore:
         if self._known is None:
             self._known, self._whole, self._size = read_rows(self.path)
         return self._known
+
+    def _without_model(self, row: Mapping[str, object]) -> Row:
+        plain, model = take_out(row)
+        if model is not None:
+            path = path_of(self.folder, str(row["run_key"]))
+            try:
+                path.parent.mkdir(exist_ok=True)
+                replace_file(path, lambda new: new.write_bytes(model))
+            except OSError as error:
+                raise self._full(path, error) from error
+        return plain
 
     def _write(self, lines: bytes) -> None:
         created = not self.path.exists()

@@ -21,6 +21,7 @@ from moesaic._version import __version__
 from moesaic.bench import environment
 from moesaic.bench.engines import Engine, EngineChoice, Work, run_groups, start_engine
 from moesaic.bench.lock import RunLock
+from moesaic.bench.models import MODEL, kept_of, mark_kept
 from moesaic.bench.plan import (
     InputError,
     PlannedRun,
@@ -231,7 +232,10 @@ def _sweep(
                 planned = unique([*planned, *stage(list(rows))])
                 check_memory(planned[earlier:], memory)
                 bar.stage(f"stage {number}/{len(stages)}" if len(stages) > 1 else preset.name)
-                groups = training_groups(planned[earlier:], max_models=max_models)
+                new_runs = planned[earlier:]
+                if work.trainer is train_and_measure:
+                    new_runs = mark_kept(new_runs)
+                groups = training_groups(new_runs, max_models=max_models)
                 if compiles:
                     held = store.keys()
                     kinds = compiled_alike(item for item in planned[earlier:] if item.run.key not in held)
@@ -271,7 +275,11 @@ def train_and_measure(
     from moesaic.moe import train_runs
 
     result = train_runs([item.run for item in group], device=device, impl=impl, progress=progress)
-    return measure(result, group, device=device)
+    rows = measure(result, group, device=device)
+    for i, (item, row) in enumerate(zip(group, rows, strict=True)):
+        if item.keep and row["status"] == "ok":
+            row[MODEL] = kept_of(result, i)
+    return rows
 
 
 @dataclass(frozen=True)

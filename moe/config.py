@@ -305,9 +305,8 @@ class Run:
 
         Fields that came later are left out where they have their default, so that keys of older rows stay.
         """
-        seed = f'"seed":{self.seed}'
-        text = ",".join(sorted([*_texts(self.toy), *_texts(self.features), *_texts(self.training), seed]))
-        return hashlib.sha256(f"{{{text}}}".encode()).hexdigest()
+        before, after = _around_seed(self.toy, self.features, self.training)
+        return hashlib.sha256(f"{{{before}{self.seed}{after}}}".encode()).hexdigest()
 
     @property
     def group(self) -> tuple[Any, ...]:
@@ -319,22 +318,36 @@ class Run:
         )  # fmt: skip
 
 
-_SEEN: dict[int, tuple[object, tuple[str, ...]]] = {}
+Part = ToyConfig | FeatureConfig | TrainConfig
+# A plan's runs share their parts, so what was seen lately is kept: by identity, since 0.0 and −0.0 are equal but have
+# keys of their own, and with the parts, whose identities no others can get meanwhile.
+_SEEN: dict[int, tuple[Part, list[str]]] = {}
+_SEEN_TOGETHER: dict[tuple[int, ...], tuple[tuple[Part, ...], tuple[str, str]]] = {}
 _MOST_SEEN = 1 << 12
 
 
-def _texts(part: ToyConfig | FeatureConfig | TrainConfig) -> tuple[str, ...]:
-    """Return the fields of a part that count for a key, each as in a JSON object.
+def _around_seed(*parts: Part) -> tuple[str, str]:
+    """Return the text of a configuration as a JSON object with sorted keys, before and after the seed's value."""
+    place = tuple(map(id, parts))
+    seen = _SEEN_TOGETHER.get(place)
+    if seen is None:
+        if len(_SEEN_TOGETHER) >= _MOST_SEEN:
+            _SEEN_TOGETHER.clear()
+        seed = '"seed":'
+        texts = sorted([seed, *(text for part in parts for text in _texts(part))])
+        at = texts.index(seed) + 1
+        seen = _SEEN_TOGETHER[place] = parts, (",".join(texts[:at]), "".join(f",{text}" for text in texts[at:]))
+    return seen[1]
 
-    A plan's runs share their parts, so what was seen lately is kept: by identity, since 0.0 and −0.0 are equal but have
-    keys of their own, and with the part, whose identity no other one can get meanwhile.
-    """
+
+def _texts(part: Part) -> list[str]:
+    """Return the fields of a part that count for a key, each as in a JSON object."""
     seen = _SEEN.get(id(part))
     if seen is None:
         if len(_SEEN) >= _MOST_SEEN:
             _SEEN.clear()
         kept = {n: v for n, v in vars(part).items() if n not in _LATER or v != getattr(TrainConfig, n)}
-        seen = _SEEN[id(part)] = part, tuple(f'"{name}":{json.dumps(value)}' for name, value in kept.items())
+        seen = _SEEN[id(part)] = part, [f'"{name}":{json.dumps(value)}' for name, value in kept.items()]
     return seen[1]
 
 
@@ -358,6 +371,8 @@ def _check_types(config: ToyConfig | FeatureConfig | TrainConfig) -> None:
 
 
 def _typed(key: str, value: Any, kind: type) -> Any:
+    if type(value) is kind:
+        return value
     accepted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{key}={value!r}: takes a value of type {kind.__name__}, got {type(value).__name__}")
