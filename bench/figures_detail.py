@@ -15,6 +15,7 @@ from moesaic.bench.plot_style import DENSE, FOURTH, INK, MOE, MUTED, THIRD, log_
 from moesaic.moe.config import FeatureConfig, ToyConfig, TrainConfig
 
 MAX_LINES = 6
+_LINES = (DENSE, MOE, THIRD, FOURTH, INK, MUTED)
 NAMED_DIMENSIONALITIES = ((2 / 5, "2/5"), (1 / 2, "1/2"), (2 / 3, "2/3"))
 
 
@@ -209,13 +210,12 @@ def swept_column(found: Sequence[Cell]) -> Figure | None:
     if len(lines) > MAX_LINES:
         return None
     figure, (pair,) = panels(1, 2, width=4.4)
-    palette = (DENSE, MOE, THIRD, FOURTH, INK, MUTED)
     for axes, (metric, label) in zip(
         pair,
         ((LOSS, "unexplained variance (held-out)"), (DIMENSIONALITY, "mean $D_i$ of represented features")),
         strict=True,
     ):
-        for (name, members), color in zip(lines.items(), palette, strict=False):
+        for (name, members), color in zip(lines.items(), _LINES, strict=False):
             xs = [number(c.rows[0], column) or 0.0 for c in members]
             for x, cell in zip(xs, members, strict=True):
                 point(axes, x, cell.estimate(metric), color, size=4)
@@ -228,4 +228,42 @@ def swept_column(found: Sequence[Cell]) -> Figure | None:
         axes.set_ylim(bottom=0)
     if len(lines) > 1:
         pair[1].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def against_sparsity(found: Sequence[Cell]) -> Figure | None:
+    """Features per dimension and mean D_i against 1/(1 − S), a line for each of the architectures of lowest loss."""
+    names = ["n_features", *(f.name for f in fields(FeatureConfig) if f.name != "feature_probability")]
+    shown = [
+        c for c in in_grid(found) if number(c.rows[0], "feature_probability") and c.value("features") != "exactly_k"
+    ]
+    if len({tuple(c.value(name) for name in names) for c in shown}) != 1:
+        return None
+    lines: dict[str, dict[float, Cell]] = {}
+    for cell in shown:
+        lines.setdefault(cell.architecture, {})[number(cell.rows[0], "feature_probability") or 1.0] = cell
+    most = max(map(len, lines.values()))
+    if most < 3:
+        return None
+    whole = [name for name, by_p in lines.items() if len(by_p) == most]
+    best = sorted(whole, key=lambda name: math.fsum(c.mean(LOSS) for c in lines[name].values()))[:MAX_LINES]
+    figure, (pair,) = panels(1, 2, width=4.4)
+    columns = (
+        ("features_per_dimension_folded", "features per dimension"),
+        (DIMENSIONALITY, "mean $D_i$ of represented features"),
+    )
+    for axes, (metric, label) in zip(pair, columns, strict=True):
+        for name, color in zip(best, _LINES, strict=False):
+            members = sorted(((1 / p, cell) for p, cell in lines[name].items()), key=lambda pair: pair[0])
+            for x, cell in members:
+                point(axes, x, cell.estimate(metric), color, size=4)
+            style = "-" if members[0][1].is_moe else (0, (4, 1.5))
+            axes.plot(
+                [x for x, _ in members], [c.mean(metric) for _, c in members], color=color, linewidth=1.1,
+                linestyle=style, label=name,
+            )  # fmt: skip
+        log_axis(axes, [x for x, _ in members], "1 / (1 − S), S the share of absent features")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+    pair[0].legend(fontsize=7, frameon=False)
     return figure

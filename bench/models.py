@@ -10,18 +10,17 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, TypeAlias
 
 from moesaic.bench.plan import InputError, PlannedRun, Row, is_large
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from moesaic.moe import TrainResult
 
-Array = NDArray[np.float32]
-Kept = dict[str, Array]
+Kept: TypeAlias = "dict[str, NDArray[np.float32]]"
 """``losses`` (steps,), the loss of every training batch, and the parameters of `moesaic.moe.ToyModel` without their
 first dimension; of a model with more than `MAX_NUMBERS` weights the losses alone."""
 
@@ -48,6 +47,8 @@ def mark_kept(planned: Sequence[PlannedRun]) -> list[PlannedRun]:
 
 def kept_of(result: TrainResult, index: int) -> Kept:
     """What is kept of model ``index`` of a trained stack."""
+    import numpy as np
+
     arrays = {"losses": result.losses[index].float().numpy()}
     if result.model.weight[index].numel() <= MAX_NUMBERS:
         arrays |= {name: value[index].detach().cpu().numpy() for name, value in result.model.named_parameters()}
@@ -60,6 +61,7 @@ def take_out(row: Mapping[str, object]) -> tuple[Row, bytes | None]:
     model = plain.pop(MODEL, None)
     if not isinstance(model, dict):
         return plain, None
+    import numpy as np
     from safetensors.numpy import save
 
     return plain, save({name: np.asarray(array) for name, array in model.items()})
@@ -76,6 +78,7 @@ def load_kept(folder: Path, run_key: str) -> Kept | None:
     Raises:
         InputError: the file is damaged.
     """
+    import numpy as np
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 

@@ -36,3 +36,7 @@ def __getattr__(name: str) -> Any:
 
         return register_with_transformers
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), "register_with_transformers"])

@@ -6,8 +6,11 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from moesaic.bench.analysis import cells
+from moesaic.bench.figures_detail import against_sparsity
 from moesaic.bench.palette import DARK
 from moesaic.bench.plan import InputError, PlannedRun, Row
 from moesaic.bench.report import result_table, write_report
@@ -165,12 +168,35 @@ def generic(status: str = "ok") -> list[Row]:
 
 def test_report_of_any_other_sweep(tmp_path: Path) -> None:
     text, _ = written(tmp_path, generic(), preset="density", spec={"run": {"n_features": 64}})
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"sweep.png", "sweep.svg"}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        f"{name}.{kind}" for name in ("sparsity", "sweep") for kind in ("png", "svg")
+    }
     assert "independent, p = 0.7" in text
     assert "In plain words" not in text
     assert "&quot;n_features&quot;: 64" in text
     table = result_table(generic())
     assert "3 more data sets" in table
+
+
+def test_features_per_dimension_are_drawn_against_sparsity() -> None:
+    rows: list[Row] = [
+        {
+            **row, "run_key": f"{row['run_key']}-{lr}", "lr": lr, "unexplained_variance": lr,
+            "features_per_dimension_folded": 1 / float(str(row["feature_probability"])),
+        }
+        for row in generic() for lr in (0.1, 0.2, 0.3, 0.4)
+    ]  # fmt: skip
+    figure = against_sparsity(cells(rows))
+    assert figure is not None
+    lines = [line for line in figure.axes[0].lines if np.size(line.get_xdata()) > 2]
+    assert [line.get_label() for line in lines] == [f"dense m={m}, lr={lr}" for lr in (0.1, 0.2, 0.3) for m in (4, 8)]
+    for line in lines:
+        assert line.get_xdata() == pytest.approx(1 / np.array([0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]))
+        assert line.get_ydata() == pytest.approx(line.get_xdata())
+    two = [row for row in rows if row["feature_probability"] in (0.1, 0.2)]
+    assert against_sparsity(cells(two)) is None
+    mixed = [{**row, "n_features": 64 if row["feature_probability"] == 0.1 else 32} for row in rows]
+    assert against_sparsity(cells(mixed)) is None
 
 
 def small() -> list[Row]:
