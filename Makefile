@@ -25,7 +25,11 @@ help: ## list these targets
 demo: $(VENV)/.bench ## sweep dense against sparse on this machine, into OUT; run again, it reuses the finished runs
 	$(BIN)/moesaic sweep tradeoff --out $(OUT) --resume
 
-test: lint types unit ## everything that must be green
+# Types are checked while the tests run: one core waits often enough.
+test: lint $(VENV)/.dev ## everything that must be green: lint, types, unit
+	@$(BIN)/mypy > $(VENV)/types.log 2>&1 & types=$$!; \
+	$(MAKE) --no-print-directory unit; unit=$$?; \
+	wait $$types; types=$$?; cat $(VENV)/types.log; exit $$((unit | types))
 
 lint: $(VENV)/.dev ## ruff: rules and format
 	$(BIN)/ruff check

@@ -128,12 +128,17 @@ class Sweep:
         return Answer(0, {"spec": path, "next": following}, f"{path} is written; next: {following}")
 
     def _plan(self) -> Answer:
+        from moesaic.bench.engines import EngineChoice
         from moesaic.bench.plan_summary import summarize
         from moesaic.bench.presets import find_preset
 
+        engine = EngineChoice(
+            name=self.engine, workers=self.workers, address=self.address, gpus_per_task=self.gpus_per_task
+        )
         summary = summarize(
             find_preset(self.preset), quick=self.quick, seeds=self.seeds, device=self.device, impl=self.impl,
-            calibrate_rates=self.calibrate, say=lambda line: print(line, file=sys.stderr, flush=True),
+            calibrate_rates=self.calibrate, say=lambda line: print(line, file=sys.stderr, flush=True), engine=engine,
+            out=self.out,
         )  # fmt: skip
         return Answer(0, summary.record(), summary.text())
 

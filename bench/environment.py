@@ -98,7 +98,7 @@ def environment(argv: Sequence[str]) -> dict[str, object]:
         "versions": versions(),
         "git_commit": git_commit(),
         "argv": list(argv),
-        "command": shlex.join(["moesaic", *argv]),
+        "command": shlex.join(["moesaic", *argv]) if argv else None,
         "started": now(),
         "ended": None,
     }

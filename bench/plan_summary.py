@@ -10,10 +10,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from moesaic.bench import environment
+from moesaic.bench.engines import EngineChoice
 from moesaic.bench.plan import PlannedRun, Preset, is_large, needed_bytes, training_groups, unique
 from moesaic.bench.rates import Rate, StepSeconds, calibrate, kept_rates, stack_class, step_seconds
+from moesaic.bench.store import RunStore
 from moesaic.bench.sweep import MAX_MODELS, StackPreset, TrainerPreset, check_impl
 from moesaic.bench.words import si, si_unit
 
@@ -69,6 +72,9 @@ class PlanSummary:
         too_large: what would not fit.
         later_stages: stages whose runs follow from results; they are counted as if there were none yet.
         not_planned: what is missing in the plan, in words; empty where it is whole.
+        workers: processes that share the memory of a CPU, as they share its cores.
+        finished: runs that the run folder holds already; the other numbers include them.
+        notes: what else to know, a line each.
     """
 
     preset: str
@@ -79,6 +85,9 @@ class PlanSummary:
     too_large: Sequence[TooLarge]
     later_stages: int
     not_planned: str
+    workers: int = 1
+    finished: int = 0
+    notes: Sequence[str] = ()
 
     @property
     def flops(self) -> int:
@@ -102,7 +111,8 @@ class PlanSummary:
             "measured_seconds": math.fsum(kind.seconds or 0.0 for kind in measured),
             "kinds_not_measured": len(self.kinds) - len(measured),
             "too_large": [asdict(one) for one in self.too_large], "later_stages": self.later_stages,
-            "not_planned": self.not_planned or None, "kinds": [asdict(kind) for kind in self.kinds],
+            "not_planned": self.not_planned or None, "workers": self.workers, "finished": self.finished,
+            "notes": list(self.notes), "kinds": [asdict(kind) for kind in self.kinds],
         }  # fmt: skip
 
     def text(self) -> str:
@@ -112,7 +122,8 @@ class PlanSummary:
         lines = _table(self.kinds[:MOST_LINES])
         if len(self.kinds) > MOST_LINES:
             lines.append(f"{len(self.kinds) - MOST_LINES} more kinds of stacks: --json has them")
-        has = "" if self.available_bytes is None else f" of {_gib(self.available_bytes)}"
+        each = f" for each of {self.workers} workers" if self.workers > 1 else ""
+        has = "" if self.available_bytes is None else f" of {_gib(self.available_bytes)}{each}"
         lines += [
             f"{self.runs} runs in {stacks} stacks, {si_unit(self.flops, 'FLOP')} of useful products",
             f"memory: at most {_gib(largest)} for a stack{has}",
@@ -122,6 +133,9 @@ class PlanSummary:
             lines.append(f"{self.later_stages} later stages follow from results: counted as far as can be known now")
         if self.not_planned:
             lines.append(self.not_planned)
+        if self.finished:
+            lines.append(f"{self.finished} of the runs are in the folder already; --resume trains the others")
+        lines += self.notes
         count = sum(one.runs for one in self.too_large)
         if count:
             lines.append(f"{count} runs do not fit into memory, so the sweep would be refused:")
@@ -149,7 +163,7 @@ class PlanSummary:
 def summarize(
     preset: Preset, *, quick: bool = False, seeds: int | None = None, device: str = "auto", impl: str = "auto",
     calibrate_rates: bool = False, say: Callable[[str], None] = lambda line: None,
-    measure: StepSeconds = step_seconds,
+    measure: StepSeconds = step_seconds, engine: EngineChoice | None = None, out: Path | None = None,
 ) -> PlanSummary:  # fmt: skip
     """What a sweep of ``preset`` would train and what that takes; trains nothing but what ``calibrate_rates`` asks for.
 
@@ -162,10 +176,14 @@ def summarize(
         calibrate_rates: measure a few steps of each kind of stack whose rate is not kept, for a minute at most.
         say: takes a line about how far that is.
         measure: what times a step of each stack.
+        engine: how it would be trained: the workers of a local pool share the CPU's memory. Of a Ray cluster nothing is
+            known here, and a note says so.
+        out: the run folder, of which finished runs are counted; nothing is written.
 
     Raises:
         InputError: a device or an implementation that is not here, or a plan that cannot be made.
     """
+    engine = engine or EngineChoice()
     device = environment.resolve_device(device)
     check_impl(impl, device)
     stages = preset.stages(quick, seeds)
@@ -179,6 +197,9 @@ def summarize(
             by_class.setdefault(stack_class(group, impl), []).append(group)
     order = sorted(by_class, key=lambda name: -sum(map(_flops, by_class[name])))
     available = environment.device_memory_bytes(device)
+    workers = engine.workers or 1
+    if available is not None and device == "cpu":
+        available //= workers
     rates = kept_rates(device)
     if calibrate_rates:
         fitting = (n for n in order if available is None or needed_bytes(by_class[n][0][0].run) <= available)
@@ -189,7 +210,21 @@ def summarize(
         preset.name, device, len(planned), [_kind(by_class[name], rates.get(name)) for name in order], available,
         _too_large(planned, available), len(stages) - 1,
         "the dense runs of match 'wall' are not counted: their widths are measured when the sweep begins" * wall,
+        workers, _finished(planned, out), _notes(engine),
     )  # fmt: skip
+
+
+def _finished(planned: Sequence[PlannedRun], out: Path | None) -> int:
+    held = RunStore(out).keys() if out is not None else set()
+    return sum(item.run.key in held for item in planned) if held else 0
+
+
+def _notes(engine: EngineChoice) -> list[str]:
+    if engine.name == "ray":
+        return ["memory and time are those of this machine: a cluster's nodes are asked when the sweep begins"]
+    if engine.workers is not None and engine.workers > 1:
+        return ["the time is that of one process after the other"]
+    return []
 
 
 def _kind(groups: Sequence[Sequence[PlannedRun]], rate: Rate | None) -> StackKind:

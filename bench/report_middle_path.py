@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 MOST = 0.5
 """What "most" means: more than half."""
+LOWEST = -2.0
+"""Recovered share below which a mixture is drawn at the edge."""
 NOTE = (
     "Each mixture stands between two dense models of its own. Saved: active FLOPs of a training step, against the "
     "dense model of equal total width. Recovered: of the loss gap between the dense models of equal active FLOPs (0) "
@@ -109,19 +111,30 @@ def words(found: Sequence[Mixture]) -> str:
     ]
     for dataset in dict.fromkeys(one.cell.dataset for one in found):
         here = [one for one in found if one.cell.dataset == dataset and one.recovered.n > 0]
-        both = [one for one in here if one.saved > MOST and one.recovered.low > MOST]
-        if both:
-            listed = "; ".join(_numbers(one) for one in sorted(both, key=lambda one: -one.recovered.mean)[:4])
-            more = f" and {len(both) - 4} more" if len(both) > 4 else ""
-            answer = f"On {dataset}, yes: {listed}{more}."
-        else:
-            able = [one for one in here if one.saved > MOST]
-            nearest = max(able, key=lambda one: one.recovered.mean, default=None)
-            answer = f"On {dataset}, no" + (
-                f"; of those that save more than {MOST:.0%}, nearest comes {_numbers(nearest)}." if nearest else "."
-            )
-        paragraphs.append(f"{answer} {_shared_sentence(dataset, here)}".rstrip())
+        paragraphs.append(f"{_answer(dataset, here)} {_shared_sentence(dataset, here)}".rstrip())
     return "\n".join(paragraphs)
+
+
+def _answer(dataset: str, here: Sequence[Mixture]) -> str:
+    """Yes where a whole interval says so, no where all do, else not resolved."""
+    if not here:
+        return f"On {dataset} there is no resolved gap to recover."
+    able = [one for one in here if one.saved > MOST]
+    both = [one for one in able if one.recovered.low > MOST]
+    if both:
+        listed = "; ".join(_numbers(one) for one in sorted(both, key=lambda one: -one.recovered.mean)[:4])
+        more = f" and {len(both) - 4} more" if len(both) > 4 else ""
+        return f"On {dataset}, yes: {listed}{more}."
+    if not able:
+        return f"On {dataset}, no: none saves more than {MOST:.0%}."
+    # Without an interval, as of one seed, nothing is excluded.
+    open_ = [one for one in able if not one.recovered.high <= MOST]
+    nearest = max(able, key=lambda one: one.recovered.mean)
+    verdict = "not resolved" if open_ else "no"
+    count = f" ({len(open_)} of {len(able)} intervals reach beyond {MOST:.0%})" if open_ else ""
+    return (
+        f"On {dataset}, {verdict}{count}; of those that save more than {MOST:.0%}, nearest comes {_numbers(nearest)}."
+    )
 
 
 def _numbers(one: Mixture) -> str:
@@ -210,7 +223,10 @@ def figures(found: Sequence[Mixture], folder: Path) -> list[Drawn]:
         )
         place_labels(figure, labelled, size=7)
         svg = save(figure, folder, "middle_path")
-    labels = "Labels, where no other mixture saves and recovers as much: experts × width, k active, + shared width."
+    labels = (
+        f"Triangles at the lower edge: below {LOWEST:g}. Mixtures without a resolved gap are in the table alone. "
+        "Labels, where no other mixture saves and recovers as much: experts × width, k active, + shared width."
+    )
     return [Drawn("middle_path", "The middle path", f"{NOTE} {labels}", svg)]
 
 
@@ -239,9 +255,13 @@ def _recovered(axes: Axes, here: Sequence[Mixture]) -> Labelled:
             panel.add(Label(one.saved, y.mean, one.name), y)
         else:
             panel.covered.append((one.saved, y.mean))
-    # A mixture far below the dense model of equal cost would press all others into a line.
-    low = min([0.0, *(one.recovered.mean for one in shown)])
-    axes.set_ylim(max(low, -2.0) - 0.15, 1.12)
+    # A mixture far below the dense model of equal cost would press all others into a line: it is drawn at the edge.
+    means = [one.recovered.mean for one in shown]
+    low = max(min([0.0, *means]), LOWEST) - 0.15
+    for one in shown:
+        if one.recovered.mean < low:
+            axes.plot([one.saved], [low + 0.05], "v", color=SHADES[_shade(one)], ms=5, clip_on=False, zorder=4)
+    axes.set_ylim(low, max(1.12, 1.05 * max(means, default=1.0)))
     _percent(axes)
     return panel
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from moesaic.bench.analysis import (
     CONFIDENCE,
@@ -25,6 +25,8 @@ from moesaic.bench.analysis import (
 from moesaic.bench.plan import Row
 from moesaic.bench.report_page import Column, escape, table
 from moesaic.bench.spec_match import MATCHES
+from moesaic.bench.spec_toml import spec_text
+from moesaic.bench.store import SPEC_FILE
 from moesaic.bench.words import interval, si
 
 SLOWEST = 8
@@ -282,14 +284,26 @@ def environment_section(environment: Mapping[str, object]) -> str:
     """The command that reproduces the folder, its spec, and the machine and versions it ran on."""
     if not environment:
         return "<h2>Environment</h2><p>environment.json is missing: machine and command are not known.</p>"
-    parts = ["<h2>Reproduce</h2>", f"<pre>{escape(environment.get('command') or 'the command was not recorded')}</pre>"]
+    parts = [
+        "<h2>Reproduce</h2>",
+        f"<pre>{escape(environment.get('command') or 'a call from Python: no command was recorded')}</pre>",
+    ]
     if environment.get("spec"):
-        spec = json.dumps(environment["spec"], indent=2, ensure_ascii=False)
-        parts.append(f"<p>with this spec, here as JSON:</p><pre>{escape(spec)}</pre>")
+        parts.append(
+            f"<p>with this spec, {SPEC_FILE} of the folder:</p><pre>{escape(_spec(environment['spec']))}</pre>"
+        )
     hidden = {"command", "argv", "spec"}
     lines = _flat({key: value for key, value in environment.items() if key not in hidden})
     parts.append(f"<h2>Environment</h2>{table([Column('key', 'text'), Column('value', 'long')], lines)}")
     return "\n".join(parts)
+
+
+def _spec(spec: object) -> str:
+    # What an older version or another program wrote may be no spec: it is shown as it is.
+    try:
+        return spec_text(cast("Mapping[str, object]", spec))
+    except (TypeError, AttributeError):
+        return json.dumps(spec, indent=2, ensure_ascii=False)
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:

@@ -71,8 +71,8 @@ class SweepSpec:
     grid: Mapping[str, object] = field(default_factory=dict)
     zip: Mapping[str, object] = field(default_factory=dict)
     seeds: int | Sequence[int] | None = None
-    match: Sequence[str] = ()
-    where: Sequence[str] = ()
+    match: str | Sequence[str] = ()
+    where: str | Sequence[str] = ()
     name: str = "spec"
 
     def mapping(self) -> dict[str, object]:
@@ -146,8 +146,7 @@ def spec_preset(
         return [main]
 
     def mixtures(quick: bool, seeds: int | None) -> list[Run]:
-        matched = spec.get("match")
-        if calibration is not None or not isinstance(matched, Mapping) or "wall" not in matched["to"]:
+        if calibration is not None or "wall" not in _matches(spec):
             return []
         return [item.run for item in planned(quick, seeds) if item.run.toy.n_experts > 1]
 
@@ -181,7 +180,7 @@ def planned_runs(
     for section in spec:
         if section not in SECTIONS:
             raise SpecError(_unknown(section, spec[section], SECTIONS), *_place(spec, section))
-    fixed, grid, zipped, match = (_table(spec, section) for section in ("run", "grid", "zip", "match"))
+    fixed, grid, zipped = (_table(spec, section) for section in ("run", "grid", "zip"))
     _check_keys({"run": fixed, "grid": grid, "zip": zipped})
     lists = {
         section: {key: _values(section, key, value) for key, value in table.items()}
@@ -196,7 +195,7 @@ def planned_runs(
         seed_list = seed_list[:1]
     if seed_list and "seed" in {**fixed, **grid, **zipped}:
         raise SpecError("seed: give it as a field of the runs or give seeds, not both", "", "seeds")
-    to = _matches(match)
+    to = _matches(spec)
     labels = {"stage": "main"}
     planned = [PlannedRun(run, labels) for run in _runs(fixed, lists, seed_list, _conditions(spec))]
     if not planned:
@@ -273,7 +272,16 @@ def _placed(holds: Condition) -> Condition:
     return placed
 
 
-def _matches(match: Mapping[str, object]) -> list[str]:
+def _matches(spec: Mapping[str, object]) -> list[str]:
+    """The names of ``match = "…"``, ``match = ["…"]`` or ``[match]`` with ``to = …``, none without a match."""
+    match = spec.get("match", {})
+    place = ("match", "to")
+    if isinstance(match, str | list):
+        match, place = {"to": match}, ("", "match")
+    elif not isinstance(match, Mapping):
+        raise SpecError(
+            f"match = {match!r}: must be a name, a list of names, or a table [match] with to = …", "", "match"
+        )
     for key in match:
         if key != "to":
             raise SpecError(f"[match] {_unknown(key, match[key], ['to'])}", "match", key)
@@ -282,7 +290,7 @@ def _matches(match: Mapping[str, object]) -> list[str]:
     try:
         return match_names(match["to"])
     except InputError as error:
-        raise SpecError(str(error), "match", "to") from error
+        raise SpecError(str(error), *place) from error
 
 
 def _parts_of_a_run() -> dict[type, set[str]]:

@@ -36,12 +36,13 @@ WallWidth = Callable[["Run"], int]
 
 
 def match_names(value: object) -> list[str]:
-    """The names in ``to`` of a spec's ``[match]``.
+    """The names that a spec matches: one, or a list.
 
     Raises:
-        InputError: not a list of different names from `MATCHES`.
+        InputError: not different names from `MATCHES`.
     """
-    allowed = f"takes a list of {', '.join(MATCHES)}"
+    allowed = f"takes one or a list of {', '.join(MATCHES)}"
+    value = [value] if isinstance(value, str) else value
     if not isinstance(value, list) or not value or len(value) != len(set(map(str, value))):
         raise InputError(f"match.to = {value!r}: {allowed}, each once")
     for name in value:

@@ -25,6 +25,7 @@ from moesaic.bench.plan import InputError, Row
 TIME_COLUMNS = ("wall_s", "started_at", "gpu_board_j", "cpu_package_j")
 """The measured columns: the only ones in which an interrupted and resumed sweep may differ from an undisturbed one."""
 ENERGY_FILE = "energy.json"
+SPEC_FILE = "spec.toml"
 
 RESULT_COLUMNS: dict[str, str] = {
     **dict.fromkeys(("trained_by", "device"), "VARCHAR"),
@@ -185,6 +186,18 @@ class RunStore:
         """Replaces ``environment.json`` whole."""
         text = json.dumps(jsonable(dict(environment)), indent=2, ensure_ascii=False) + "\n"
         replace_file(self.environment_path, lambda path: path.write_text(text))
+
+    def write_spec(self, text: str) -> None:
+        """Writes ``spec.toml``, what the runs were planned from.
+
+        Raises:
+            StoreError: the disk did not take it.
+        """
+        path = self.folder / SPEC_FILE
+        try:
+            replace_file(path, lambda new: new.write_text(text, encoding="utf-8"))
+        except OSError as error:
+            raise self._full(path, error) from error
 
     def _load(self) -> dict[str, Row]:
         if self._known is None:

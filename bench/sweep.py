@@ -36,7 +36,8 @@ from moesaic.bench.plan import (
 from moesaic.bench.progress import Progress
 from moesaic.bench.rates import with_timings
 from moesaic.bench.spec import SweepSpec
-from moesaic.bench.store import RunStore
+from moesaic.bench.spec_toml import spec_text
+from moesaic.bench.store import SPEC_FILE, RunStore
 from moesaic.bench.sweep_energy import check_cells, measure_sweep
 
 if TYPE_CHECKING:
@@ -215,7 +216,10 @@ def _sweep(
         "spec": preset.spec, "quick": quick, "seeds": seeds, "device": device, "impl": impl, **measured,
     }  # fmt: skip
     request["plan_hash"] = _plan_hash(preset, request, first)
+    argv = argv or _command(preset, out, quick, seeds, device, impl)
     store = open_store(out, request, resume, {**environment.environment(argv), "engine": engine.facts}, lock)
+    if preset.spec is not None:
+        store.write_spec(spec_text(preset.spec))
 
     planned: list[PlannedRun] = []
     rows: list[Row] = []
@@ -392,6 +396,17 @@ def _history(
         )
     resumed = before.get("resumed")
     return {**before, "ended": None, "resumed": [*(resumed if isinstance(resumed, list) else []), here]}
+
+
+def _command(preset: Preset, out: Path, quick: bool, seeds: int | None, device: str, impl: str) -> list[str]:
+    """The command line that says what a call from Python said; nothing for a preset that only Python knows."""
+    from moesaic.bench.presets import PRESETS
+
+    if preset.spec is None and PRESETS.get(preset.name) is not preset:
+        return []
+    what = preset.name if preset.spec is None else str(out / SPEC_FILE)
+    options = ["--device", device, "--impl", impl, *(["--seeds", str(seeds)] if seeds is not None else [])]
+    return ["sweep", what, "--out", str(out), *options, *(["--quick"] if quick else [])]
 
 
 def _plan_hash(preset: Preset, request: Mapping[str, object], first: Sequence[PlannedRun]) -> str:

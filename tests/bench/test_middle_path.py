@@ -113,7 +113,12 @@ def test_a_gap_that_is_not_resolved_has_no_fraction() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mine", "answer"), [([0.2, 0.21, 0.2], "yes"), ([0.8, 0.8, 0.81], "no"), ([0.1, 0.9, 0.3], "no")]
+    ("mine", "answer"),
+    [
+        ([0.2, 0.21, 0.2], "yes"),
+        ([0.8, 0.8, 0.81], "no;"),
+        ([0.1, 0.9, 0.3], "not resolved (1 of 1 intervals reach beyond 50%)"),
+    ],
 )
 def test_the_answer_needs_most_of_both_with_the_whole_interval(mine: list[float], answer: str) -> None:
     one = only(rows({NARROW: [1.0, 1.0, 1.0], WIDE: [0.1, 0.1, 0.1]}, mine))
@@ -121,6 +126,24 @@ def test_the_answer_needs_most_of_both_with_the_whole_interval(mine: list[float]
     assert one.saved > 0.5
     assert f"On S, {answer}" in text
     assert "mean D_i 0.25, 0.25, 0.25" in text
+
+
+def test_without_a_gap_or_an_interval_there_is_no_verdict() -> None:
+    unresolved = only(rows({NARROW: [0.9, 0.1, 0.5], WIDE: [0.1, 0.9, 0.5]}, [0.5, 0.5, 0.5]))
+    one_seed = only(rows({NARROW: [1.0], WIDE: [0.1]}, [0.8]))
+    for one in (unresolved, one_seed):
+        assert "On S there is no resolved gap to recover." in report_middle_path.words([one])
+
+
+def test_the_figure_shows_what_beats_the_wide_model_and_what_is_far_below(tmp_path: Path) -> None:
+    above = rows({NARROW: [1.0, 1.0, 1.01], WIDE: [0.5, 0.5, 0.51]}, [0.1, 0.1, 0.11])
+    below = [
+        {**row, "dataset": "C"} for row in rows({NARROW: [1.0, 1.0, 1.01], WIDE: [0.5, 0.5, 0.51]}, [9.0, 9.1, 9.0])
+    ]
+    (drawn,) = report_middle_path.figures(report_middle_path.mixtures(cells([*above, *below])), tmp_path)
+    assert "1.75" in drawn.svg  # of an axis that reaches the mixture at 1.8, which it would not up to 1.12
+    assert drawn.svg.count("Triangles") == 0
+    assert "Triangles at the lower edge: below -2" in drawn.caption
 
 
 def test_the_report_has_figure_table_and_words(tmp_path: Path) -> None:

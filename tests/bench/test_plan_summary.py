@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from moesaic.bench import rates
+from moesaic.bench.engines import EngineChoice
 from moesaic.bench.plan import InputError, check_memory, plan_digest, training_groups, unique
 from moesaic.bench.plan_summary import PlanSummary, summarize
 from moesaic.bench.presets import PRESETS
 from moesaic.bench.spec import planned_runs, spec_preset
+from moesaic.bench.store import RunStore
 from moesaic.metrics import count_flops
 from moesaic.moe.config import FeatureConfig, Run, ToyConfig
 
@@ -119,6 +121,21 @@ def test_later_stages_and_walls_are_said() -> None:
     assert "dense runs of match 'wall' are not counted" in wall.text()
     with pytest.raises(InputError, match="must be one of"):
         summarize(PRESETS["tradeoff"], device="gpu")
+
+
+def test_workers_share_the_memory_and_finished_runs_are_counted(tmp_path: Path) -> None:
+    planned = planned_runs(SPEC)
+    RunStore(tmp_path).append({"run_key": item.run.key} for item in planned[:3])
+    found = summarize(spec_preset(SPEC), device="cpu", impl="torch", engine=EngineChoice(workers=4), out=tmp_path)
+    assert (found.available_bytes, found.workers, found.finished, found.runs) == (2**32, 4, 3, len(planned))
+    assert "of 4.00 GiB for each of 4 workers" in found.text()
+    assert "3 of the runs are in the folder already" in found.text()
+    assert found.record()["finished"] == 3
+    alone = summarize(spec_preset(SPEC), device="cpu", impl="torch", out=tmp_path / "new")
+    assert (alone.available_bytes, alone.finished) == (2**34, 0)
+    assert not (tmp_path / "new").exists()
+    ray = summarize(spec_preset(SPEC), device="cpu", impl="torch", engine=EngineChoice(name="ray"))
+    assert "a cluster's nodes are asked when the sweep begins" in ray.text()
 
 
 def test_steps_are_timed_by_training_the_stack_for_as_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,7 +173,7 @@ def test_report_of_any_other_sweep(tmp_path: Path) -> None:
     }
     assert "independent, p = 0.7" in text
     assert "In plain words" not in text
-    assert "&quot;n_features&quot;: 64" in text
+    assert "[run]\nn_features = 64" in text
     table = result_table(generic())
     assert "3 more data sets" in table
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from moesaic.bench.analysis import KINDS, cells, comparisons
 from moesaic.bench.plan import InputError, PlannedRun, Row
 from moesaic.bench.rates import calibrate_wall, covers
-from moesaic.bench.spec import planned_runs
+from moesaic.bench.spec import SweepSpec, load_spec, planned_runs
 from moesaic.bench.spec_match import MATCHES, dense_toy, nearest_width, quantity, wall_width, width_at_equal
 from moesaic.metrics.flops import dense_width_at_equal_flops
 from moesaic.moe.config import GATES, Run, ToyConfig, TrainConfig
@@ -75,6 +76,25 @@ def test_a_dense_run_with_a_gate_that_does_something_is_not_taken_for_the_plain_
     spec = {**SPEC, "run": {**SPEC["run"], "gate": "sigmoid"}, "match": {"to": ["total_width"]}}
     plan = planned_runs(spec)
     assert {p.run.toy.gate for p in plan if "comparison" in p.labels} == {"paper"}
+
+
+@pytest.mark.parametrize(
+    "match", ["total_width", ["total_width"], {"to": "total_width"}, {"to": ["total_width"]}], ids=repr
+)
+def test_a_match_is_a_name_a_list_or_a_table(match: object) -> None:
+    expected = planned_runs({**SPEC, "match": {"to": ["total_width"]}})
+    assert planned_runs({**SPEC, "match": match}) == expected
+    if not isinstance(match, dict):
+        made = SweepSpec(grid={"n_experts": [1, 4]}, match=match).planned()  # type: ignore[arg-type]
+        assert made == planned_runs({"grid": {"n_experts": [1, 4]}, "match": {"to": ["total_width"]}})
+
+
+@pytest.mark.parametrize(("match", "line"), [("width", "match: 'width' is unknown"), (3, "match = 3: must be a name")])
+def test_a_wrong_match_names_its_line(match: object, line: str, tmp_path: Path) -> None:
+    path = tmp_path / "spec.toml"
+    path.write_text(f"seeds = 2\nmatch = {match!r}\n[grid]\nn_experts = [1, 4]\n")
+    with pytest.raises(InputError, match=f"spec.toml, line 2: .*{line.split(':')[0]}"):
+        load_spec(path)
 
 
 def test_the_report_compares_what_was_matched() -> None:

@@ -271,8 +271,8 @@ def test_draws_equal_sample_features_bit_for_bit(interpreted: dict[str, Any], ki
 
 
 SIZES = [(100, 20, 1, 1), (100, 5, 4, 1), (100, 2, 10, 2), (128, 8, 16, 2)]
-# On other chips than sm_90 one shape of each of the kernel's two ways, of k = 1 and of k > 1.
-COMPILED = [(sizes, chip) for chip in (80, 90, 100) for sizes in (SIZES if chip == 90 or ALL else SIZES[::3])]
+# On other chips than sm_90 the largest alone.
+COMPILED = [(sizes, chip) for chip in (80, 90, 100) for sizes in (SIZES if chip == 90 or ALL else SIZES[-1:])]
 
 
 @pytest.mark.parametrize(("sizes", "chip"), COMPILED, ids=str)
