@@ -26,12 +26,14 @@ def _vector(cell: Cell, key: str, *, descending: bool = False) -> list[float]:
     return [math.fsum(column) / len(lists) for column in zip(*lists, strict=True)]
 
 
-def expert_usage(found: Sequence[Cell]) -> Figure | None:
+def routed(found: Sequence[Cell]) -> list[Cell]:
+    """What `expert_usage` can show: the MoE whose usage was measured."""
+    return [c for c in in_grid(found) if c.is_moe and _vector(c, "usage")]
+
+
+def expert_usage(shown: Sequence[Cell]) -> Figure:
     """Share of the assignments that each expert takes, most used first."""
-    shown = [c for c in in_grid(found) if c.is_moe and _vector(c, "usage")]
     names = list(dict.fromkeys(c.architecture for c in shown))
-    if not shown or len(names) > MAX_LINES:
-        return None
     data = by_dataset(shown)
     figure, grid = panels(len(names), len(data), height=1.15 + 0.9 / len(names))
     for line, name in zip(grid, names, strict=True):
@@ -108,15 +110,17 @@ def gate_slice(found: Sequence[Cell]) -> Figure | None:
     return figure
 
 
-def dimensionality_histogram(found: Sequence[Cell]) -> Figure | None:
-    """Distribution of D_i over the occurrences of represented features, all seeds together."""
+def with_histogram(found: Sequence[Cell]) -> list[Cell]:
+    """What `dimensionality_histogram` can show: where a dense model is as wide as an MoE, such models alone."""
     shown = [c for c in in_grid(found) if sum(_vector(c, "dimensionality_histogram")) > 0]
     widths = {c.value("total_width") for c in shown if c.is_moe}
     alike = [c for c in shown if c.value("total_width") in widths]
-    shown = shown if all(c.is_moe for c in alike) else alike
+    return shown if all(c.is_moe for c in alike) else alike
+
+
+def dimensionality_histogram(shown: Sequence[Cell]) -> Figure:
+    """Distribution of D_i over the occurrences of represented features, all seeds together."""
     names = list(dict.fromkeys(c.architecture for c in sorted(shown, key=lambda c: c.is_moe)))
-    if not shown or len(names) > MAX_LINES:
-        return None
     data = by_dataset(shown)
     figure, grid = panels(len(names), len(data), height=1.2, sharex=True)
     for line, name in zip(grid, names, strict=True):
@@ -166,13 +170,15 @@ _WAYS = (
 )
 
 
-def features_per_dimension(found: Sequence[Cell]) -> Figure | None:
+def with_features_per_dimension(found: Sequence[Cell]) -> list[Cell]:
+    """What `features_per_dimension` can show."""
+    return [c for c in in_grid(found) if math.isfinite(c.mean("features_per_dimension"))]
+
+
+def features_per_dimension(shown: Sequence[Cell]) -> Figure:
     """Features per dimension with experts weighted in three ways."""
-    shown = [c for c in in_grid(found) if math.isfinite(c.mean("features_per_dimension"))]
     data = by_dataset(shown)
     names = list(dict.fromkeys(c.architecture for c in sorted(shown, key=lambda c: c.is_moe)))
-    if not shown or len(names) > 3 * MAX_LINES:
-        return None
     figure, (line,) = panels(1, len(data), height=0.8 + 0.27 * len(names), sharey=True)
     for axes, (dataset, here) in zip(line, data.items(), strict=True):
         for cell in here:

@@ -14,8 +14,8 @@ from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
 from moesaic.bench.analysis import EQUAL_FLOPS, EQUAL_WIDTH, LOSS, Cell, Comparison, in_grid
-from moesaic.bench.figure_parts import by_dataset, heading
-from moesaic.bench.figures import MAX_DATASETS, Drawn
+from moesaic.bench.figure_parts import by_dataset, few_datasets, heading, left_out
+from moesaic.bench.figures import Drawn
 from moesaic.bench.models import Kept, load_kept
 from moesaic.bench.plot_style import DENSE, FOURTH, INK, MOE, MUTED, THIRD, log_axis, panels, save, style
 
@@ -35,9 +35,8 @@ def model_figures(found: Sequence[Cell], compared: Sequence[Comparison], run_dir
     Raises:
         InputError: a kept model is damaged.
     """
-    shown = in_grid(found)
-    if len(by_dataset(shown)) > MAX_DATASETS:
-        return []
+    grid = in_grid(found)
+    shown = few_datasets(grid)
     models = {}
     for cell in shown:
         kept = next((k for row in cell.rows if (k := load_kept(run_dir, str(row["run_key"]))) is not None), None)
@@ -47,8 +46,9 @@ def model_figures(found: Sequence[Cell], compared: Sequence[Comparison], run_dir
     with style():
         curves = loss_curves(shown, models)
         mapped = {d: maps(cells, models) for d, cells in chosen(shown, compared, models).items()}
+    omitted = left_out([c for c in grid if c.dataset in by_dataset(shown)], grid)
     if curves is not None:
-        drawn.append(Drawn("losses", *_LOSSES, save(curves, folder, "losses")))
+        drawn.append(Drawn("losses", _LOSSES[0], _LOSSES[1] + omitted, save(curves, folder, "losses")))
     for i, (dataset, figure) in enumerate(mapped.items(), 1):
         title, caption = _MAPS
         name = f"weights-{i}"
