@@ -253,8 +253,9 @@ _CATALOGUE = (
         "sparsity",
         "Features per dimension against sparsity",
         against_sparsity,
-        "‖W‖²/m with the gate folded into W, and mean D_i, of the six architectures of lowest loss at most. Dashed: "
-        "dense. Bars: 95 % t-intervals over seeds.",
+        "‖W‖²/m with the gate folded into W, and mean D_i, of the six architectures of lowest loss at most, for the "
+        "first four kinds of data with three densities at least. 1 − S is the probability that a feature is present, "
+        "mean over features. Dashed: dense. Bars: 95 % t-intervals over seeds.",
         every=True,
     ),
     _Entry(

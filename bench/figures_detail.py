@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 from matplotlib.axes import Axes
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from moesaic.bench.analysis import DIMENSIONALITY, LOSS, Cell, in_grid, number
 from moesaic.bench.figure_parts import by_dataset, heading, point
+from moesaic.bench.plan import Row
 from moesaic.bench.plot_style import DENSE, FOURTH, INK, MOE, MUTED, THIRD, log_axis, panels
 from moesaic.moe.config import FeatureConfig, ToyConfig, TrainConfig
 
@@ -237,30 +238,73 @@ def swept_column(found: Sequence[Cell]) -> Figure | None:
     return figure
 
 
+def density(row: Row) -> float:
+    """Probability that a feature is present, mean over the features: 1 − S; 0 for a row that does not say.
+
+    It is p, which for ``power_law`` is that mean; for ``clustered`` data, of which a sample shows one cluster,
+    p / n_clusters; for ``exactly_k`` n_active / n.
+    """
+    if row.get("features") == "exactly_k":
+        return (number(row, "n_active") or 0.0) / (number(row, "n_features") or math.inf)
+    return (number(row, "feature_probability") or 0.0) / (number(row, "n_clusters") or 1.0)
+
+
+MAX_KINDS = 4
+"""Most kinds of data beside each other in `against_sparsity`."""
+
+
 def against_sparsity(found: Sequence[Cell]) -> Figure | None:
-    """Features per dimension and mean D_i against 1/(1 − S), a line for each of the architectures of lowest loss."""
-    names = ["n_features", *(f.name for f in fields(FeatureConfig) if f.name != "feature_probability")]
-    shown = [
-        c for c in in_grid(found) if number(c.rows[0], "feature_probability") and c.value("features") != "exactly_k"
-    ]
-    if len({tuple(c.value(name) for name in names) for c in shown}) != 1:
+    """Features per dimension and mean D_i against 1/(1 − S), a line for each of the architectures of lowest loss.
+
+    A column for each of at most `MAX_KINDS` kinds of data, which differ in more than how many features are present.
+    """
+    alike = ["n_features", *(f.name for f in fields(FeatureConfig) if f.name not in _DENSITIES)]
+    kinds: dict[tuple[object, ...], dict[str, dict[float, Cell]]] = {}
+    for cell in in_grid(found):
+        if (share := density(cell.rows[0])) > 0:
+            lines = kinds.setdefault(tuple(cell.value(name) for name in alike), {})
+            lines.setdefault(cell.architecture, {})[share] = cell
+    shown = [lines for lines in kinds.values() if max(map(len, lines.values())) >= 3][:MAX_KINDS]
+    if not shown:
         return None
-    lines: dict[str, dict[float, Cell]] = {}
-    for cell in shown:
-        lines.setdefault(cell.architecture, {})[number(cell.rows[0], "feature_probability") or 1.0] = cell
+    if len(shown) == 1:
+        figure, columns = panels(1, 2, width=4.4)
+    else:
+        figure, grid = panels(2, len(shown), width=3.8)
+        columns = [list(column) for column in zip(*grid, strict=True)]
+    for pair, lines in zip(columns, shown, strict=True):
+        _kind_against_sparsity(pair, lines)
+        if len(shown) > 1:
+            pair[0].set_title(_kind(next(iter(next(iter(lines.values())).values()))))
+    return figure
+
+
+_DENSITIES = ("feature_probability", "n_active")
+_SPARSITY_METRICS = (
+    ("features_per_dimension_folded", "features per dimension"),
+    (DIMENSIONALITY, "mean $D_i$ of represented features"),
+)
+
+
+def _kind(cell: Cell) -> str:
+    """The data of a cell in words, without what says how many features are present."""
+    clusters, group = number(cell.rows[0], "n_clusters"), number(cell.rows[0], "group_size")
+    parts = [str(cell.value("features")).replace("_", " ")]
+    parts += [f"{clusters:.0f} clusters"] if clusters else []
+    parts += [f"groups of {group:.0f}"] if group else []
+    parts += [f"exponent {cell.value('power_law_exponent')}"] if cell.value("features") == "power_law" else []
+    importance, base = cell.value("importance"), cell.value("importance_base")
+    parts += [f"importance {importance} {base}"] if importance not in (None, "uniform") else []
+    return ", ".join([*parts, f"n = {cell.value('n_features')}"])
+
+
+def _kind_against_sparsity(pair: Sequence[Axes], lines: Mapping[str, Mapping[float, Cell]]) -> None:
     most = max(map(len, lines.values()))
-    if most < 3:
-        return None
-    whole = [name for name, by_p in lines.items() if len(by_p) == most]
+    whole = [name for name, by_density in lines.items() if len(by_density) == most]
     best = sorted(whole, key=lambda name: math.fsum(c.mean(LOSS) for c in lines[name].values()))[:MAX_LINES]
-    figure, (pair,) = panels(1, 2, width=4.4)
-    columns = (
-        ("features_per_dimension_folded", "features per dimension"),
-        (DIMENSIONALITY, "mean $D_i$ of represented features"),
-    )
-    for axes, (metric, label) in zip(pair, columns, strict=True):
+    for axes, (metric, label) in zip(pair, _SPARSITY_METRICS, strict=True):
         for name, color in zip(best, _LINES, strict=False):
-            members = sorted(((1 / p, cell) for p, cell in lines[name].items()), key=lambda pair: pair[0])
+            members = sorted(((1 / share, cell) for share, cell in lines[name].items()), key=lambda pair: pair[0])
             for x, cell in members:
                 point(axes, x, cell.estimate(metric), color, size=4)
             style = "-" if members[0][1].is_moe else (0, (4, 1.5))
@@ -272,4 +316,3 @@ def against_sparsity(found: Sequence[Cell]) -> Figure | None:
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
     pair[0].legend(fontsize=7, frameon=False)
-    return figure
