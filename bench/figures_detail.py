@@ -315,4 +315,6 @@ def _kind_against_sparsity(pair: Sequence[Axes], lines: Mapping[str, Mapping[flo
         log_axis(axes, [x for x, _ in members], "1 / (1 − S), S the share of absent features")
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
-    pair[0].legend(fontsize=7, frameon=False)
+    # Above the points, in a part of the panel of its own.
+    pair[0].set_ylim(0, pair[0].get_ylim()[1] * (1.02 + 0.075 * len(best)))
+    pair[0].legend(fontsize=7, frameon=False, loc="upper left")
