@@ -92,7 +92,7 @@ _MAPS = (
 def loss_curves(found: Sequence[Cell], models: Mapping[tuple[str, str], Model]) -> Figure | None:
     """Training loss against step, a panel per data set and a line for each of the best few architectures."""
     # Of a model without steps there is no curve, and losses of zero have no logarithm.
-    curves = {key: smoothed(model.kept["losses"]) for key, model in models.items() if len(model.kept["losses"])}
+    curves = {key: smoothed(model.kept["losses"]) for key, model in models.items()}
     curves = {
         key: (steps[good], means[good])
         for key, (steps, means) in curves.items()
