@@ -195,11 +195,15 @@ def features_per_dimension(shown: Sequence[Cell]) -> Figure:
         axes.set_xlim(left=0)
     line[0].set_yticks(range(len(names)), names, color=INK)
     line[0].set_ylim(len(names) - 0.4, -0.6)
-    figure.suptitle(" ", fontsize=8)
-    for (_, text, _, _), color, x, side in zip(
-        _WAYS, (MOE, FOURTH, THIRD), (0.012, 0.5, 0.988), ("left", "center", "right"), strict=True
+    # Over fewer than three panels the key has no room in one line.
+    apart = len(data) < len(_WAYS)
+    figure.suptitle("\n" * (len(_WAYS) - 1) + " " if apart else " ", fontsize=9)
+    height = 9 * 1.35 / 72 / figure.get_figheight()
+    for line_number, ((_, text, _, _), color, x, side) in enumerate(
+        zip(_WAYS, (MOE, FOURTH, THIRD), (0.012, 0.5, 0.988), ("left", "center", "right"), strict=True)
     ):
-        figure.text(x, 0.993, text, color=color, fontsize=9, va="top", ha=side, fontweight="bold")
+        place = (0.012, 0.993 - line_number * height, "left") if apart else (x, 0.993, side)
+        figure.text(*place[:2], text, color=color, fontsize=9, va="top", ha=place[2], fontweight="bold")
     return figure
 
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
 from moesaic.bench.analysis import EQUAL_FLOPS, EQUAL_WIDTH, LOSS, Cell, Comparison, in_grid
-from moesaic.bench.figure_parts import by_dataset, few_datasets, heading, left_out
+from moesaic.bench.figure_parts import by_dataset, few_architectures, few_datasets, heading, left_out
 from moesaic.bench.figures import Drawn
 from moesaic.bench.models import Kept, load_kept
 from moesaic.bench.plan import Row
@@ -75,9 +75,9 @@ def load_models(found: Sequence[Cell], run_dir: Path) -> dict[tuple[str, str], M
 
 _LOSSES = (
     "Loss curves",
-    "Loss of the training batches, averaged over steps whose number grows with the step, of the first seed of the "
-    "kept models with the lowest held-out loss. Samples and importance differ between data sets, so levels compare "
-    "within a panel only.",
+    "Loss of the training batches, averaged over steps whose number grows with the step, of the first seed of the kept "
+    "models, at most six: the MoE of lowest held-out loss and the dense models that they are compared with. Samples and "
+    "importance differ between data sets, so levels compare within a panel only.",
 )
 _MAPS = (
     "Weights and interference",
@@ -90,7 +90,7 @@ _MAPS = (
 
 
 def loss_curves(found: Sequence[Cell], models: Mapping[tuple[str, str], Model]) -> Figure | None:
-    """Training loss against step, a panel per data set and a line for each of the best few architectures."""
+    """Training loss against step, a panel per data set and a line for each of `few_architectures` that were kept."""
     # Of a model without steps there is no curve, and losses of zero have no logarithm.
     curves = {key: smoothed(model.kept["losses"]) for key, model in models.items()}
     curves = {
@@ -99,7 +99,7 @@ def loss_curves(found: Sequence[Cell], models: Mapping[tuple[str, str], Model]) 
         if np.any(good := (means > 0) & np.isfinite(means))
     }
     data = {
-        d: sorted(here, key=lambda c: c.mean(LOSS))[:MAX_CURVES]
+        d: sorted(few_architectures(here, MAX_CURVES), key=lambda c: c.mean(LOSS))
         for d, cells in by_dataset(found).items()
         if (here := [c for c in cells if (d, c.architecture) in curves])
     }

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from moesaic.bench.analysis import cells, comparisons
 from moesaic.bench.figures_models import (
+    MAX_CURVES,
     MAX_FEATURES,
     Model,
     chosen,
@@ -147,6 +148,18 @@ def test_a_folder_with_kept_models_gets_curves_and_maps(tmp_path: Path) -> None:
 
 def test_curves_need_a_kept_model() -> None:
     assert loss_curves(cells(kept_rows()), {}) is None
+
+
+def test_of_many_models_the_curve_of_the_best_mixture_is_drawn() -> None:
+    rows = kept_rows()
+    mixture = next(row for row in rows if row["architecture"] == "mixture")
+    found = cells([*({**rows[0], "architecture": f"dense {i}", "total_width": 90 + i} for i in range(8)), mixture])
+    losses = np.geomspace(1, 0.01, STEPS).astype(np.float32)
+    figure = loss_curves(found, {("S", c.architecture): Model(c.rows[0], {"losses": losses}) for c in found})
+    assert figure is not None
+    labels = [line.get_label() for line in figure.axes[0].lines]
+    assert len(labels) == MAX_CURVES
+    assert "mixture" in labels
 
 
 def test_losses_without_a_logarithm_are_left_out_of_the_curves() -> None:
