@@ -2,6 +2,7 @@
 
 A cell is a configuration without its seed. Of a cell that both folders have, loss and mean D_i are compared by the
 t-interval of A minus B over the seeds that finished in both; a folder's own runs and machine never enter the other's.
+Tuning runs are left out.
 """
 
 from __future__ import annotations
@@ -128,6 +129,8 @@ def compare_folders(a: Path, b: Path) -> Against:
     for store, found in zip(stores, rows, strict=True):
         if not found:
             raise InputError(f"report {store.folder}: no runs.jsonl with rows in it")
+    # A tuning run is on a seed of its own: it is no repetition of a result, and its configuration is often no result.
+    rows = [[row for row in found if row.get("stage") != "tune"] for found in rows]
     finished = [[row for row in found if row.get("status") == "ok"] for found in rows]
     # Named together, so that both folders give a configuration one name.
     named = labelled([{**row, "dataset": None, "architecture": None} for found in finished for row in found])

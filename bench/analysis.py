@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 
 from moesaic.bench.plan import Row
 from moesaic.bench.spec_match import COLUMN, MATCHES
@@ -43,6 +43,7 @@ def coverage(t: float, df: int) -> float:
     return 2 / math.pi * (theta + sine * total) if odd else sine * total
 
 
+@cache
 def t_quantile(df: int, level: float = CONFIDENCE) -> float:
     """Half-width factor t of the two-sided interval: P(|T| <= t) = ``level``, by bisection to the last bit."""
     if not 0 < level < 1:
@@ -251,7 +252,7 @@ KINDS = (EQUAL_WIDTH, EQUAL_FLOPS, *PLANNED)
 
 def in_grid(found: Sequence[Cell]) -> list[Cell]:
     """The cells of the main grid: without the slice that varies the gate."""
-    return [c for c in found if c.value("slice") in (None, "grid")]
+    return [c for c in found if c.value("slice") != "gates"]
 
 
 def comparable(one: Cell, other: Cell) -> bool:

@@ -13,15 +13,66 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from moesaic.bench.analysis import Cell, Estimate, dataset_title
+from moesaic.bench.analysis import LOSS, Cell, Estimate, comparisons, dataset_title
 from moesaic.bench.plot_style import DENSE, INK, MOE, MUTED, PAPER, settle
 
+MAX_DATASETS = 6
+"""Most data sets that a figure with a panel for each shows."""
 Boxes = NDArray[np.float64]
 
 
 def by_dataset(found: Sequence[Cell]) -> dict[str, list[Cell]]:
     """Cells by data set, in order of first appearance."""
     return {d: [c for c in found if c.dataset == d] for d in dict.fromkeys(c.dataset for c in found)}
+
+
+def few_datasets(found: Sequence[Cell]) -> list[Cell]:
+    """The cells of at most `MAX_DATASETS` data sets: of more, that many at equal distances, both ends among them."""
+    names = list(by_dataset(found))
+    if len(names) > MAX_DATASETS:
+        names = [names[i * (len(names) - 1) // (MAX_DATASETS - 1)] for i in range(MAX_DATASETS)]
+    return [c for c in found if c.dataset in names]
+
+
+def few_architectures(found: Sequence[Cell], most: int) -> list[Cell]:
+    """The cells of at most ``most`` architectures: of more, the MoE of lowest loss that fit with their dense partners.
+
+    The loss is judged by the mean over data sets of the place within one, because its level differs between them.
+    """
+    places: dict[str, list[float]] = {}
+    for cells in by_dataset(found).values():
+        losses = {c.architecture: loss if math.isfinite(loss := c.mean(LOSS)) else math.inf for c in cells}
+        for place, name in enumerate(sorted(losses, key=losses.__getitem__)):
+            places.setdefault(name, []).append(place / len(losses))
+    if len(places) <= most:
+        return list(found)
+    ranked = sorted(places, key=lambda name: math.fsum(places[name]) / len(places[name]))
+    mixtures = {c.architecture for c in found if c.is_moe}
+    best = [name for name in ranked if name in mixtures][:most]
+    compared = comparisons([c for c in found if not c.is_moe or c.architecture in best])
+    names: dict[str, None] = {}
+    for moe in best:
+        partners = [c.dense.architecture for c in compared if c.moe.architecture == moe]
+        together = names | dict.fromkeys([moe, *partners])
+        names = together if not names or len(together) <= most else names
+    if names.keys() <= mixtures:
+        names |= dict.fromkeys(name for name in ranked if name not in mixtures)
+    names = dict.fromkeys([*names][:most])
+    return [c for c in found if c.architecture in names]
+
+
+def left_out(shown: Sequence[Cell], found: Sequence[Cell]) -> str:
+    """What to add to a caption where ``shown`` is a part of ``found``; nothing where it is all."""
+    parts = []
+    counts = [len({c.dataset for c in cells}) for cells in (shown, found)]
+    if counts[0] < counts[1]:
+        parts.append(f" {counts[0]} of {counts[1]} data sets.")
+    here = {c.dataset for c in shown}
+    counts = [len({c.architecture for c in cells if c.dataset in here}) for cells in (shown, found)]
+    if counts[0] < counts[1]:
+        dense = ", and dense models to compare with" if len({c.is_moe for c in shown}) > 1 else ""
+        parts.append(f" {counts[0]} of {counts[1]} architectures: those of lowest loss{dense}.")
+    return "".join(parts)
 
 
 def short(cell: Cell) -> str:

@@ -16,23 +16,28 @@ from moesaic.bench.figure_parts import (
     Labelled,
     by_dataset,
     family_key,
+    few_architectures,
+    few_datasets,
     heading,
+    left_out,
     place_labels,
     point,
     short,
 )
 from moesaic.bench.figures_detail import (
+    MAX_LINES,
     against_sparsity,
     dimensionality_histogram,
     expert_usage,
     features_per_dimension,
     gate_slice,
+    routed,
     swept_column,
+    with_features_per_dimension,
+    with_histogram,
 )
 from moesaic.bench.plot_style import DENSE, MOE, MUTED, log_axis, panels, save, style
 from moesaic.bench.words import si
-
-MAX_DATASETS = 6
 
 
 @dataclass(frozen=True)
@@ -170,10 +175,18 @@ def pareto(found: Sequence[Cell]) -> Figure | None:
 
 @dataclass(frozen=True)
 class _Entry:
+    """A figure: ``draw`` gets at most ``most`` architectures of what ``shows`` picks of the cells.
+
+    ``every`` is set where data sets are no panels, so that no choice among them is wanted.
+    """
+
     name: str
     title: str
     draw: Callable[[Sequence[Cell]], Figure | None]
     caption: str
+    shows: Callable[[Sequence[Cell]], Sequence[Cell]] = list
+    most: int | None = None
+    every: bool = False
 
 
 _CATALOGUE = (
@@ -206,6 +219,8 @@ _CATALOGUE = (
         "Share of the assignments that each expert takes, in units of an equal share (dashed); experts are sorted "
         "by it in "
         "every seed, then averaged over seeds.",
+        routed,
+        MAX_LINES,
     ),
     _Entry(
         "gates",
@@ -214,6 +229,7 @@ _CATALOGUE = (
         "The same experts under different gates, each at its own best learning rate. The shared expert's width is "
         "taken from the routed ones, so the total width is the same. At k = 1 the router of `paper` gets no "
         "gradient, which makes it `random`.",
+        every=True,
     ),
     _Entry(
         "dimensionality",
@@ -222,19 +238,25 @@ _CATALOGUE = (
         "Distribution of D_i over the occurrences of represented features, all seeds together. Dashed: 2/5 "
         "(pentagon), 1/2 "
         "(antipodal pair), 2/3 (triangle).",
+        with_histogram,
+        MAX_LINES,
     ),
     _Entry(
         "features_per_dimension",
         "Features per dimension, with experts weighted in three ways",
         features_per_dimension,
         "‖W‖²/m. Only the folded one is comparable across gates; for a dense model the three are the same.",
+        with_features_per_dimension,
+        3 * MAX_LINES,
     ),
     _Entry(
         "sparsity",
         "Features per dimension against sparsity",
         against_sparsity,
-        "‖W‖²/m with the gate folded into W, and mean D_i, of the six architectures of lowest loss at most. Dashed: "
-        "dense. Bars: 95 % t-intervals over seeds.",
+        "‖W‖²/m with the gate folded into W, and mean D_i, of the six architectures of lowest loss at most, for the "
+        "first four kinds of data with three densities at least. 1 − S is the probability that a feature is present, "
+        "mean over features. Dashed: dense. Bars: 95 % t-intervals over seeds.",
+        every=True,
     ),
     _Entry(
         "sweep",
@@ -242,19 +264,27 @@ _CATALOGUE = (
         swept_column,
         "Held-out loss and mean D_i along the configuration column that takes most values. Bars: 95 % t-intervals "
         "over seeds.",
+        every=True,
     ),
 )
 
 
-def draw_figures(found: Sequence[Cell], folder: Path) -> list[Drawn]:
-    """Draw every figure that applies as PNG and SVG; with more than six data sets, only those along a column."""
+INSIDE = ("usage", "dimensionality", "features_per_dimension")
+"""The figures that look inside the models, whatever question the sweep asks."""
+
+
+def draw_figures(found: Sequence[Cell], folder: Path, names: Sequence[str] = ()) -> list[Drawn]:
+    """Draw every figure that applies, or those of ``names``, as PNG and SVG; a caption says what it leaves out."""
     drawn = []
-    many = len(by_dataset(found)) > MAX_DATASETS
     for entry in _CATALOGUE:
-        if not found or (many and entry.name not in ("sparsity", "sweep")):
+        if names and entry.name not in names:
             continue
+        able = entry.shows(found)
+        shown = able if entry.every else few_datasets(able)
+        shown = few_architectures(shown, entry.most) if entry.most else shown
         with style():
-            figure = entry.draw(found)
+            figure = entry.draw(shown) if shown else None
         if figure is not None:
-            drawn.append(Drawn(entry.name, entry.title, entry.caption, save(figure, folder, entry.name)))
+            caption = entry.caption + left_out(shown, able)
+            drawn.append(Drawn(entry.name, entry.title, caption, save(figure, folder, entry.name)))
     return drawn

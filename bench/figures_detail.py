@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 from matplotlib.axes import Axes
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from moesaic.bench.analysis import DIMENSIONALITY, LOSS, Cell, in_grid, number
 from moesaic.bench.figure_parts import by_dataset, heading, point
+from moesaic.bench.plan import Row
 from moesaic.bench.plot_style import DENSE, FOURTH, INK, MOE, MUTED, THIRD, log_axis, panels
 from moesaic.moe.config import FeatureConfig, ToyConfig, TrainConfig
 
@@ -26,12 +27,14 @@ def _vector(cell: Cell, key: str, *, descending: bool = False) -> list[float]:
     return [math.fsum(column) / len(lists) for column in zip(*lists, strict=True)]
 
 
-def expert_usage(found: Sequence[Cell]) -> Figure | None:
+def routed(found: Sequence[Cell]) -> list[Cell]:
+    """What `expert_usage` can show: the MoE whose usage was measured."""
+    return [c for c in in_grid(found) if c.is_moe and _vector(c, "usage")]
+
+
+def expert_usage(shown: Sequence[Cell]) -> Figure:
     """Share of the assignments that each expert takes, most used first."""
-    shown = [c for c in in_grid(found) if c.is_moe and _vector(c, "usage")]
     names = list(dict.fromkeys(c.architecture for c in shown))
-    if not shown or len(names) > MAX_LINES:
-        return None
     data = by_dataset(shown)
     figure, grid = panels(len(names), len(data), height=1.15 + 0.9 / len(names))
     for line, name in zip(grid, names, strict=True):
@@ -108,15 +111,17 @@ def gate_slice(found: Sequence[Cell]) -> Figure | None:
     return figure
 
 
-def dimensionality_histogram(found: Sequence[Cell]) -> Figure | None:
-    """Distribution of D_i over the occurrences of represented features, all seeds together."""
+def with_histogram(found: Sequence[Cell]) -> list[Cell]:
+    """What `dimensionality_histogram` can show: where a dense model is as wide as an MoE, such models alone."""
     shown = [c for c in in_grid(found) if sum(_vector(c, "dimensionality_histogram")) > 0]
     widths = {c.value("total_width") for c in shown if c.is_moe}
     alike = [c for c in shown if c.value("total_width") in widths]
-    shown = shown if all(c.is_moe for c in alike) else alike
+    return shown if all(c.is_moe for c in alike) else alike
+
+
+def dimensionality_histogram(shown: Sequence[Cell]) -> Figure:
+    """Distribution of D_i over the occurrences of represented features, all seeds together."""
     names = list(dict.fromkeys(c.architecture for c in sorted(shown, key=lambda c: c.is_moe)))
-    if not shown or len(names) > MAX_LINES:
-        return None
     data = by_dataset(shown)
     figure, grid = panels(len(names), len(data), height=1.2, sharex=True)
     for line, name in zip(grid, names, strict=True):
@@ -166,13 +171,15 @@ _WAYS = (
 )
 
 
-def features_per_dimension(found: Sequence[Cell]) -> Figure | None:
+def with_features_per_dimension(found: Sequence[Cell]) -> list[Cell]:
+    """What `features_per_dimension` can show."""
+    return [c for c in in_grid(found) if math.isfinite(c.mean("features_per_dimension"))]
+
+
+def features_per_dimension(shown: Sequence[Cell]) -> Figure:
     """Features per dimension with experts weighted in three ways."""
-    shown = [c for c in in_grid(found) if math.isfinite(c.mean("features_per_dimension"))]
     data = by_dataset(shown)
     names = list(dict.fromkeys(c.architecture for c in sorted(shown, key=lambda c: c.is_moe)))
-    if not shown or len(names) > 3 * MAX_LINES:
-        return None
     figure, (line,) = panels(1, len(data), height=0.8 + 0.27 * len(names), sharey=True)
     for axes, (dataset, here) in zip(line, data.items(), strict=True):
         for cell in here:
@@ -188,11 +195,15 @@ def features_per_dimension(found: Sequence[Cell]) -> Figure | None:
         axes.set_xlim(left=0)
     line[0].set_yticks(range(len(names)), names, color=INK)
     line[0].set_ylim(len(names) - 0.4, -0.6)
-    figure.suptitle(" ", fontsize=8)
-    for (_, text, _, _), color, x, side in zip(
-        _WAYS, (MOE, FOURTH, THIRD), (0.012, 0.5, 0.988), ("left", "center", "right"), strict=True
+    # Over fewer than three panels the key has no room in one line.
+    apart = len(data) < len(_WAYS)
+    figure.suptitle("\n" * (len(_WAYS) - 1) + " " if apart else " ", fontsize=9)
+    height = 9 * 1.35 / 72 / figure.get_figheight()
+    for line_number, ((_, text, _, _), color, x, side) in enumerate(
+        zip(_WAYS, (MOE, FOURTH, THIRD), (0.012, 0.5, 0.988), ("left", "center", "right"), strict=True)
     ):
-        figure.text(x, 0.993, text, color=color, fontsize=9, va="top", ha=side, fontweight="bold")
+        place = (0.012, 0.993 - line_number * height, "left") if apart else (x, 0.993, side)
+        figure.text(*place[:2], text, color=color, fontsize=9, va="top", ha=place[2], fontweight="bold")
     return figure
 
 
@@ -231,30 +242,73 @@ def swept_column(found: Sequence[Cell]) -> Figure | None:
     return figure
 
 
+def density(row: Row) -> float:
+    """Probability that a feature is present, mean over the features: 1 − S; 0 for a row that does not say.
+
+    It is p, which for ``power_law`` is that mean; for ``clustered`` data, of which a sample shows one cluster,
+    p / n_clusters; for ``exactly_k`` n_active / n.
+    """
+    if row.get("features") == "exactly_k":
+        return (number(row, "n_active") or 0.0) / (number(row, "n_features") or math.inf)
+    return (number(row, "feature_probability") or 0.0) / (number(row, "n_clusters") or 1.0)
+
+
+MAX_KINDS = 4
+"""Most kinds of data beside each other in `against_sparsity`."""
+
+
 def against_sparsity(found: Sequence[Cell]) -> Figure | None:
-    """Features per dimension and mean D_i against 1/(1 − S), a line for each of the architectures of lowest loss."""
-    names = ["n_features", *(f.name for f in fields(FeatureConfig) if f.name != "feature_probability")]
-    shown = [
-        c for c in in_grid(found) if number(c.rows[0], "feature_probability") and c.value("features") != "exactly_k"
-    ]
-    if len({tuple(c.value(name) for name in names) for c in shown}) != 1:
+    """Features per dimension and mean D_i against 1/(1 − S), a line for each of the architectures of lowest loss.
+
+    A column for each of at most `MAX_KINDS` kinds of data, which differ in more than how many features are present.
+    """
+    alike = ["n_features", *(f.name for f in fields(FeatureConfig) if f.name not in _DENSITIES)]
+    kinds: dict[tuple[object, ...], dict[str, dict[float, Cell]]] = {}
+    for cell in in_grid(found):
+        if (share := density(cell.rows[0])) > 0:
+            lines = kinds.setdefault(tuple(cell.value(name) for name in alike), {})
+            lines.setdefault(cell.architecture, {})[share] = cell
+    shown = [lines for lines in kinds.values() if max(map(len, lines.values())) >= 3][:MAX_KINDS]
+    if not shown:
         return None
-    lines: dict[str, dict[float, Cell]] = {}
-    for cell in shown:
-        lines.setdefault(cell.architecture, {})[number(cell.rows[0], "feature_probability") or 1.0] = cell
+    if len(shown) == 1:
+        figure, columns = panels(1, 2, width=4.4)
+    else:
+        figure, grid = panels(2, len(shown), width=3.8)
+        columns = [list(column) for column in zip(*grid, strict=True)]
+    for pair, lines in zip(columns, shown, strict=True):
+        _kind_against_sparsity(pair, lines)
+        if len(shown) > 1:
+            pair[0].set_title(_kind(next(iter(next(iter(lines.values())).values()))))
+    return figure
+
+
+_DENSITIES = ("feature_probability", "n_active")
+_SPARSITY_METRICS = (
+    ("features_per_dimension_folded", "features per dimension"),
+    (DIMENSIONALITY, "mean $D_i$ of represented features"),
+)
+
+
+def _kind(cell: Cell) -> str:
+    """The data of a cell in words, without what says how many features are present."""
+    clusters, group = number(cell.rows[0], "n_clusters"), number(cell.rows[0], "group_size")
+    parts = [str(cell.value("features")).replace("_", " ")]
+    parts += [f"{clusters:.0f} clusters"] if clusters else []
+    parts += [f"groups of {group:.0f}"] if group else []
+    parts += [f"exponent {cell.value('power_law_exponent')}"] if cell.value("features") == "power_law" else []
+    importance, base = cell.value("importance"), cell.value("importance_base")
+    parts += [f"importance {importance} {base}"] if importance not in (None, "uniform") else []
+    return ", ".join([*parts, f"n = {cell.value('n_features')}"])
+
+
+def _kind_against_sparsity(pair: Sequence[Axes], lines: Mapping[str, Mapping[float, Cell]]) -> None:
     most = max(map(len, lines.values()))
-    if most < 3:
-        return None
-    whole = [name for name, by_p in lines.items() if len(by_p) == most]
+    whole = [name for name, by_density in lines.items() if len(by_density) == most]
     best = sorted(whole, key=lambda name: math.fsum(c.mean(LOSS) for c in lines[name].values()))[:MAX_LINES]
-    figure, (pair,) = panels(1, 2, width=4.4)
-    columns = (
-        ("features_per_dimension_folded", "features per dimension"),
-        (DIMENSIONALITY, "mean $D_i$ of represented features"),
-    )
-    for axes, (metric, label) in zip(pair, columns, strict=True):
+    for axes, (metric, label) in zip(pair, _SPARSITY_METRICS, strict=True):
         for name, color in zip(best, _LINES, strict=False):
-            members = sorted(((1 / p, cell) for p, cell in lines[name].items()), key=lambda pair: pair[0])
+            members = sorted(((1 / share, cell) for share, cell in lines[name].items()), key=lambda pair: pair[0])
             for x, cell in members:
                 point(axes, x, cell.estimate(metric), color, size=4)
             style = "-" if members[0][1].is_moe else (0, (4, 1.5))
@@ -265,5 +319,6 @@ def against_sparsity(found: Sequence[Cell]) -> Figure | None:
         log_axis(axes, [x for x, _ in members], "1 / (1 − S), S the share of absent features")
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
-    pair[0].legend(fontsize=7, frameon=False)
-    return figure
+    # Above the points, in a part of the panel of its own.
+    pair[0].set_ylim(0, pair[0].get_ylim()[1] * (1.02 + 0.075 * len(best)))
+    pair[0].legend(fontsize=7, frameon=False, loc="upper left")

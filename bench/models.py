@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 Kept: TypeAlias = "dict[str, NDArray[np.float32]]"
 """``losses`` (steps,), the loss of every training batch, and the parameters of `moesaic.moe.ToyModel` without their
-first dimension; of a model with more than `MAX_NUMBERS` weights the losses alone."""
+first dimension; of a model that failed or has more than `MAX_NUMBERS` weights the losses alone."""
 
 FOLDER = "models"
 MODEL = "_model"
 """The key of a row that holds its `Kept` until the driver has taken it out."""
-MAX_KEPT = 64
+MAX_KEPT = 256
 """Most models that a stage of a sweep keeps: of more configurations, that many at equal distances in the plan."""
 MAX_NUMBERS = 1 << 15
 """Most weights of an encoder that is kept, 128 KiB."""
@@ -45,12 +45,12 @@ def mark_kept(planned: Sequence[PlannedRun]) -> list[PlannedRun]:
     return [replace(item, keep=True) if i in chosen else item for i, item in enumerate(planned)]
 
 
-def kept_of(result: TrainResult, index: int) -> Kept:
-    """What is kept of model ``index`` of a trained stack."""
+def kept_of(result: TrainResult, index: int, *, finished: bool) -> Kept:
+    """What is kept of model ``index`` of a trained stack: of one that is not ``finished`` no weights, which are NaN."""
     import numpy as np
 
     arrays = {"losses": result.losses[index].float().numpy()}
-    if result.model.weight[index].numel() <= MAX_NUMBERS:
+    if finished and result.model.weight[index].numel() <= MAX_NUMBERS:
         arrays |= {name: value[index].detach().cpu().numpy() for name, value in result.model.named_parameters()}
     return {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in arrays.items()}
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 MAX_TABLE_LINES = 30
 """Most architectures in the table that is printed to a terminal."""
+MAX_COSTLY = 12
+"""Most architectures of a middle path in the figures of measured costs."""
 MAX_TABLE_DATASETS = 4
 """Most data sets in it."""
 
@@ -51,7 +53,7 @@ def write_report(run_dir: Path) -> Path:
         InputError: ``runs.jsonl``, ``environment.json`` or ``reproduction.json`` is damaged.
         FileNotFoundError: the folder holds no rows.
     """
-    from moesaic.bench.figures import draw_figures
+    from moesaic.bench.figures import INSIDE, draw_figures
 
     store = RunStore(run_dir)
     rows = store.rows()
@@ -76,6 +78,7 @@ def write_report(run_dir: Path) -> Path:
         drawn = million_figures(rows, store.folder / "figures")
     elif middle:
         drawn = report_middle_path.figures(middle, store.folder / "figures")
+        drawn += draw_figures(found, store.folder / "figures", INSIDE)
     else:
         drawn = draw_figures(found, store.folder / "figures")
     if found and not reproduces:
@@ -84,7 +87,11 @@ def write_report(run_dir: Path) -> Path:
         drawn += model_figures(found, compared, store.folder, store.folder / "figures")
     measured = store.energy() if found else None
     if measured:
-        drawn += energy_figures(found, measured, store.folder / "figures")
+        from moesaic.bench.figure_parts import few_architectures
+
+        # A line per mixture and match would make a figure of two metres; the section below has them all.
+        costly = few_architectures(found, MAX_COSTLY) if middle else found
+        drawn += energy_figures(costly, measured, store.folder / "figures")
     shown = [f"<h2>{escape(d.title)}</h2>{figure(d.svg, d.caption, d.title)}" for d in drawn]
     first = [part for part, d in zip(shown, drawn, strict=True) if d.name in _FIRST]
     title = f"moesaic {preset}" if reproduces else f"moesaic sweep {preset}".strip()
@@ -100,8 +107,7 @@ def write_report(run_dir: Path) -> Path:
         ),
         *first,
         energy_section(found, measured) if measured else "",
-        comparison_section(compared),
-        report_middle_path.section(middle) if middle else "",
+        report_middle_path.section(middle) if middle else comparison_section(compared),
         *(part for part in shown if part not in first),
         rates_section(rows),
         panels_section(rows) if phase else million_section(rows) if million else results_section(found),

@@ -281,8 +281,8 @@ def train_and_measure(
     result = train_runs([item.run for item in group], device=device, impl=impl, progress=progress)
     rows = measure(result, group, device=device)
     for i, (item, row) in enumerate(zip(group, rows, strict=True)):
-        if item.keep and row["status"] == "ok":
-            row[MODEL] = kept_of(result, i)
+        if item.keep:
+            row[MODEL] = kept_of(result, i, finished=row["status"] == "ok")
     return rows
 
 

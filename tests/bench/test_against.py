@@ -118,6 +118,15 @@ def test_rows_from_before_a_field_existed_match_its_default(tmp_path: Path) -> N
     assert (found.only[0].runs, found.environment) == (0, {})
 
 
+def test_tuning_runs_are_no_results(tmp_path: Path) -> None:
+    # A tuning run of the chosen rate is of the cell's configuration, and those of the other rates are of no cell.
+    tuned = [{**row, "stage": "tune"} for lr in (0.1, 0.3) for row in rows(2, {9: 0.9}, lr=lr)]
+    a = [{**row, "stage": "main"} for row in rows(2, {0: 0.5, 1: 0.6})]
+    found = compare_folders(folder(tmp_path / "a", [*tuned, *a]), folder(tmp_path / "b", [*a, *tuned[:1]]))
+    assert [(cell.seeds, cell.verdict) for cell in found.cells] == [(2, "equal")]
+    assert (found.no_common_seed, found.only[0].runs) == ([], 0)
+
+
 def test_folders_without_rows_and_one_folder_twice_are_refused(both: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent: no runs\.jsonl"):
         compare_folders(both[0], tmp_path / "absent")

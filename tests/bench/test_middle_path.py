@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moesaic.bench import report_middle_path
@@ -21,6 +23,7 @@ from moesaic.bench.middle_path import (
     mixture,
     partners,
 )
+from moesaic.bench.models import MODEL
 from moesaic.bench.plan import PlannedRun, Row
 from moesaic.bench.report import result_table, write_report
 from moesaic.bench.store import RunStore
@@ -87,6 +90,8 @@ def rows(losses: dict[int, list[float]], mine: list[float]) -> list[Row]:
             found.append({
                 **item.run.flat(), **labels, "run_key": item.run.key, "unexplained_variance": loss, "loss": loss,
                 "mean_dimensionality": 0.25, "active_flops": flops(toy), "total_width": count_flops(toy).total_width,
+                "usage": [1 / toy.n_experts] * toy.n_experts, "effective_experts": toy.n_experts,
+                "dimensionality_histogram": [1] * 50, "features_per_dimension": 2.0, "wall_s": 1.0,
             })  # fmt: skip
     return found
 
@@ -148,10 +153,16 @@ def test_the_figure_shows_what_beats_the_wide_model_and_what_is_far_below(tmp_pa
 
 def test_the_report_has_figure_table_and_words(tmp_path: Path) -> None:
     found = rows({NARROW: [1.0, 1.0, 1.1], WIDE: [0.1, 0.1, 0.15]}, [0.5, 0.4, 0.45])
-    RunStore(tmp_path).append([{**row, "wall_s": 1.0} for row in found])
+    for i in (0, 3, 6):
+        found[i][MODEL] = {"losses": np.ones(9, np.float32), "weight": np.ones((1, 128, 2), np.float32)}
+    RunStore(tmp_path).append(found)
     page = write_report(tmp_path).read_text()
     assert "Mixtures between two dense models" in page
     assert "Is there a mix of shared and routed capacity" in page
     assert (tmp_path / "figures" / "middle_path.png").stat().st_size > 10_000
+    inside = {"usage", "dimensionality", "features_per_dimension", "losses", "weights-1"}
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"middle_path"} | inside
+    assert re.search(r"MoE mixture</td>.*<td[^>]*>yes</td></tr>", page)
+    assert "MoE against dense at" not in page
     assert "mixture" in result_table(found)
     assert not math.isnan(only(found).saved)

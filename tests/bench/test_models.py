@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from moesaic.bench import store as store_module
+from moesaic.bench.middle_path import MIDDLE_PATH
 from moesaic.bench.models import FOLDER, MAX_KEPT, MODEL, load_kept, mark_kept, path_of
 from moesaic.bench.plan import InputError, PlannedRun, Preset
 from moesaic.bench.store import RunStore, StoreError
@@ -38,6 +39,26 @@ def test_the_first_seed_of_every_configuration_is_kept_and_no_tuning_run() -> No
 def test_of_many_configurations_some_are_kept_evenly() -> None:
     marked = mark_kept([PlannedRun(run(lr=0.001 * (i + 1))) for i in range(4 * MAX_KEPT)])
     assert [i for i, item in enumerate(marked) if item.keep] == list(range(0, 4 * MAX_KEPT, 4))
+
+
+def test_every_configuration_of_the_full_middle_path_is_kept() -> None:
+    planned = MIDDLE_PATH.stages(False, None)[1]([])
+    kept = [item for item in mark_kept(planned) if item.keep]
+    assert len(kept) == len({(item.run.toy, item.run.features) for item in planned}) == 132
+    assert {item.run.seed for item in kept} == {0}
+
+
+def test_of_a_run_that_diverges_the_losses_alone_are_kept(tmp_path: Path) -> None:
+    wild = run(lr=1e30)
+    result = run_sweep(
+        Preset("one", "", lambda quick, seeds: [lambda rows: [PlannedRun(wild)]]), tmp_path, progress=False
+    )
+    assert [row["status"] for row in result.rows] == ["failed"]
+    kept = load_kept(tmp_path, wild.key)
+    assert kept is not None
+    assert kept.keys() == {"losses"}
+    assert kept["losses"].shape == (STEPS,)
+    assert np.isfinite(kept["losses"][0])
 
 
 def test_large_runs_are_not_kept() -> None:

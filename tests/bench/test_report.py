@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from moesaic.bench.analysis import cells
-from moesaic.bench.figures_detail import against_sparsity
+from moesaic.bench.figures_detail import against_sparsity, density
 from moesaic.bench.palette import DARK
 from moesaic.bench.plan import InputError, PlannedRun, Row
 from moesaic.bench.report import result_table, write_report
 from moesaic.bench.tradeoff import TRADEOFF
 from moesaic.metrics.flops import count_flops
+from moesaic.moe import FeatureConfig, Run, ToyConfig, held_out
 
 REASON = "loss is NaN at step 17 <&>"
 
@@ -168,9 +169,13 @@ def generic(status: str = "ok") -> list[Row]:
 
 def test_report_of_any_other_sweep(tmp_path: Path) -> None:
     text, _ = written(tmp_path, generic(), preset="density", spec={"run": {"n_features": 64}})
+    names = ("pareto", "dimensionality", "features_per_dimension", "sparsity", "sweep")
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
-        f"{name}.{kind}" for name in ("sparsity", "sweep") for kind in ("png", "svg")
+        f"{name}.{kind}" for name in names for kind in ("png", "svg")
     }
+    # A panel per data set: of seven some are left out and said to be; the others have all on one axis.
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", text, flags=re.DOTALL)
+    assert ["6 of 7 data sets" in caption for caption in captions].count(True) == 3
     assert "independent, p = 0.7" in text
     assert "In plain words" not in text
     assert "[run]\nn_features = 64" in text
@@ -195,8 +200,42 @@ def test_features_per_dimension_are_drawn_against_sparsity() -> None:
         assert line.get_ydata() == pytest.approx(line.get_xdata())
     two = [row for row in rows if row["feature_probability"] in (0.1, 0.2)]
     assert against_sparsity(cells(two)) is None
-    mixed = [{**row, "n_features": 64 if row["feature_probability"] == 0.1 else 32} for row in rows]
-    assert against_sparsity(cells(mixed)) is None
+
+
+def test_every_kind_of_data_has_a_column_against_sparsity() -> None:
+    clustered = [{**row, "features": "clustered", "n_clusters": 16} for row in generic()]
+    alone = [{**row, "n_features": 64, "run_key": "alone"} for row in generic()[:2]]
+    figure = against_sparsity(cells([*generic(), *clustered, *alone]))
+    assert figure is not None
+    # One data set of 64 features is no line; 16 clusters show a sixteenth of the features.
+    assert [axes.get_title() for axes in figure.axes[:2]] == [
+        "independent, n = 128", "clustered, 16 clusters, n = 128"
+    ]  # fmt: skip
+    ends = []
+    for axes in figure.axes:
+        (line, *_) = (line for line in axes.lines if np.size(line.get_xdata()) > 2)
+        ends.append([float(x) for x in np.asarray(line.get_xdata())[[0, -1]]])
+    assert ends == [pytest.approx([1 / 0.7, 10]), pytest.approx([16 / 0.7, 160])] * 2
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        FeatureConfig("independent", 0.2),
+        FeatureConfig("power_law", 0.1, power_law_exponent=0.5),
+        FeatureConfig("correlated", 0.1, group_size=4),
+        FeatureConfig("anticorrelated", 0.1, group_size=4),
+        FeatureConfig("clustered", 0.5, n_clusters=8),
+        FeatureConfig("exactly_k", n_active=3),
+    ],
+    ids=lambda features: features.features,
+)
+def test_density_is_the_share_of_the_features_that_samples_show(features: FeatureConfig) -> None:
+    run = Run(ToyConfig(64, 2), features)
+    shown = float((held_out(run) > 0).double().mean())
+    # 8,192 samples; of the kinds, groups that are present together scatter most: sd of the mean about 0.001.
+    assert density(run.flat()) == pytest.approx(shown, abs=0.004)
+    assert density({"features": features.features}) == 0.0
 
 
 def small() -> list[Row]:
@@ -280,7 +319,7 @@ def test_reports_of_equal_rows_are_equal(tmp_path: Path) -> None:
     texts = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        texts.append(written(tmp_path / name, generic())[0])
+        texts.append(written(tmp_path / name, generic()[:12])[0])
     assert texts[0] == texts[1]
     for kind in ("png", "svg"):
         one, other = ((tmp_path / name / "figures" / f"sweep.{kind}").read_bytes() for name in ("a", "b"))

@@ -13,13 +13,29 @@ import pytest
 from matplotlib.image import imread
 from numpy.typing import NDArray
 
+from moesaic.bench.middle_path import DATASETS, QUICK, architectures
+from moesaic.bench.models import MODEL
+from moesaic.bench.plan import Row
+from moesaic.bench.report import write_report
 from moesaic.bench.spec import SweepSpec
+from moesaic.bench.store import RunStore
 from moesaic.bench.sweep import run_sweep
+from moesaic.metrics import count_flops
+from moesaic.moe import Run, TrainConfig
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 DARK = "--blink-settings=preferredColorScheme=0"
 PHONE, DESK = 390, 1280
-FIGURES = {"tradeoff", "superposition", "pareto", "usage", "dimensionality", "features_per_dimension", "losses"}
+FIGURES = {
+    "tradeoff",
+    "superposition",
+    "pareto",
+    "usage",
+    "dimensionality",
+    "features_per_dimension",
+    "losses",
+    "weights-1",
+}
 _MEASURE = """<script>
 const out = [...document.querySelectorAll("body *")].filter(
   e => !e.closest(".scroll") && e.getBoundingClientRect().right > innerWidth + 1);
@@ -79,13 +95,51 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         seeds=[0, 1],
     )
     run_sweep(spec, out, progress=False)
-    from moesaic.bench.report import write_report
-
     return write_report(out)
+
+
+def test_every_figure_that_applies_is_drawn(report: Path) -> None:
+    # Those of the models are images in an SVG, which the widths below count: a lost one would not be missed there.
+    assert {path.stem for path in (report.parent / "figures").glob("*.svg")} >= FIGURES
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])
 def test_nothing_sticks_out_of_the_page(report: Path, browser: Browser, width: int) -> None:
+    fits(report, browser, width)
+
+
+def test_nothing_sticks_out_of_the_page_of_a_middle_path(browser: Browser, tmp_path: Path) -> None:
+    RunStore(tmp_path).append(middle_path())
+    fits(write_report(tmp_path), browser, PHONE)
+    drawn = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
+    assert drawn == {"middle_path", "usage", "dimensionality", "features_per_dimension", "losses", "weights-1"}
+
+
+def middle_path() -> list[Row]:
+    """Made-up rows of the brief preset on one data set."""
+    found: list[Row] = []
+    training = TrainConfig(steps=9)
+    for item in architectures(QUICK):
+        toy, flops = item.toy, count_flops(item.toy)
+        for seed in (0, 1):
+            run = Run(toy, DATASETS["S"], training, seed)
+            loss = 1 / (toy.n_experts * toy.n_hidden + toy.shared_hidden) + 0.001 * seed
+            row: Row = {
+                **run.flat(), "run_key": run.key, "status": "ok", "stage": "main", "dataset": "S", "slice": item.slice,
+                "architecture": item.label, "unexplained_variance": loss, "loss": loss, "mean_dimensionality": 0.25,
+                "active_flops": flops.training.active.total, "total_width": flops.total_width, "wall_s": 1.0,
+                "usage": [1 / toy.n_experts] * toy.n_experts, "effective_experts": toy.n_experts,
+                "dimensionality_histogram": [1] * 50, "features_per_dimension": 2.0,
+            }  # fmt: skip
+            if seed == 0:
+                weight = np.ones((toy.n_experts, toy.n_features, toy.n_hidden), np.float32)
+                row[MODEL] = {"losses": np.ones(9, np.float32), "weight": weight}
+            found.append(row)
+    return found
+
+
+def fits(report: Path, browser: Browser, width: int) -> None:
+    """Measures the page in a window of that width: nothing is wider, no figure is lost or flat."""
     copy = browser.folder / "measured.html"
     copy.write_text(report.read_text().replace("</body>", _MEASURE + "</body>"))
     found = re.search(r"<title>([\d ]+)</title>", browser.run(copy, width, 800, "--dump-dom"))
