@@ -66,6 +66,49 @@ def lethal(
     return [row(item) for item in group]
 
 
+_poison: list[str] = []
+
+
+def broken(
+    group: Sequence[PlannedRun], *, device: str, impl: str, progress: Callable[[int, float], None], folder: Path
+) -> list[Row]:
+    """Fails as on a GPU at one run once and at one always, and then always in that process; maybe as a machine does."""
+    where = {(item.run.toy.n_hidden, item.run.seed) for item in group}
+    if (1, 0) in where or ((1, 3) in where and not (folder / "once").exists()):
+        (folder / "once").touch()
+        _poison.append("CUDA error: an illegal memory access was encountered")
+    if _poison:
+        raise RuntimeError(_poison[0])
+    if (2, 2) in where and (folder / "import").exists():
+        raise ModuleNotFoundError("No module named 'numba'")
+    if (2, 2) in where and (folder / "disk").exists():
+        raise OSError(28, "No space left on device")
+    return [row(item) for item in group]
+
+
+def machine_faults(folder: Path) -> dict[str, object]:
+    """What the sweep of a machine with faults says: two that end it, then its rows."""
+    spec, out = spec_preset({**SPEC, "seeds": 4, "grid": {"n_hidden": [1, 2]}}), folder / "broken"
+    out.mkdir()
+    words = []
+    for name in ("import", "disk"):
+        (out / name).touch()
+        try:
+            run_sweep(
+                spec, out, device="cpu", progress=False, max_models=2, trainer=partial(broken, folder=out), workers=2,
+                resume=True,
+            )  # fmt: skip
+        except EngineError as error:
+            words.append(str(error))
+        (out / name).unlink()
+    result = run_sweep(
+        spec, out, device="cpu", progress=False, max_models=2, trainer=partial(broken, folder=out), workers=2,
+        resume=True,
+    )  # fmt: skip
+    rows = [[row["n_hidden"], row["seed"], row["status"], row["error"]] for row in result.rows]
+    return {"words": words, "rows": rows}
+
+
 def kill_sweeps(out: Path, log: Path) -> dict[str, object]:
     """Starts one sweep again and again and kills drivers, in the middle of appends too, and workers of pools."""
     kinds = dict.fromkeys(("driver", "append", "pool driver", "worker"), 0)
@@ -149,6 +192,7 @@ def main(folder: Path) -> None:
     result = run_sweep(
         spec_preset(spec), folder / "lethal", device="cpu", progress=True, max_models=2, trainer=trainer, workers=2
     )
+    machine = machine_faults(folder)
     engine_pool.serve = lambda pipe: os._exit(3)
     try:
         run_sweep(spec_preset(spec), folder / "stillborn", device="cpu", progress=False, trainer=trainer, workers=1)
@@ -156,7 +200,9 @@ def main(folder: Path) -> None:
     except EngineError as error:
         stillborn = str(error)
     rows = [[row["n_hidden"], row["seed"], row["status"], row["error"]] for row in result.rows]
-    print(json.dumps({"killed": killed, "seconds": seconds, "lethal": rows, "stillborn": stillborn}))
+    print(
+        json.dumps({"killed": killed, "seconds": seconds, "lethal": rows, "machine": machine, "stillborn": stillborn})
+    )
 
 
 if __name__ == "__main__":
