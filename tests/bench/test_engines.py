@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from moesaic.bench.engines import EngineChoice, EngineError, Fault, Work, fault_
 from moesaic.bench.million import MILLION
 from moesaic.bench.plan import InputError, PlannedRun, Row
 from moesaic.bench.progress import Progress
+from moesaic.bench.report import write_report
 from moesaic.bench.reproduce import REPRODUCTIONS
 from moesaic.bench.spec import spec_preset
 from moesaic.bench.store import TIME_COLUMNS, RunStore, StoreError
@@ -214,6 +215,37 @@ def test_a_full_disk_is_said_leaves_whole_rows_and_resumes(tmp_path: Path) -> No
     assert len(sweep("a", resume=True).rows) == len(keys_written(tmp_path / "a")) == 18
     sweep("b")
     assert parquet(tmp_path / "a") == parquet(tmp_path / "b")
+
+
+def test_a_disk_that_is_full_at_the_end_is_said_and_leaves_the_older_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sweep(**others: Any) -> SweepResult:
+        return run_sweep(spec_preset(SPEC), tmp_path, device="cpu", progress=False, trainer=rows_of, **others)
+
+    write, written = RunStore.write_environment, list[object]()
+
+    def full_at_the_end(self: RunStore, environment: Mapping[str, object]) -> None:
+        if environment["ended"] is not None:
+            raise OSError(28, "No space left on device")
+        written.append(environment)
+        write(self, environment)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunStore, "write_environment", full_at_the_end)
+        with pytest.raises(StoreError, match=r"environment\.json: No space left on device; all rows are safe"):
+            sweep()
+    assert len(sweep(resume=True).rows) == 18
+    before = write_report(tmp_path).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(StoreError, match=rf"File too large; the rows are safe: .*moesaic report {tmp_path}"):
+            write_report(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "report.html").read_bytes() == before
+    assert list(tmp_path.glob(".report*")) == []
 
 
 def test_a_second_sweep_is_refused_while_the_first_one_writes(tmp_path: Path) -> None:
