@@ -111,6 +111,16 @@ def test_a_killed_worker_and_an_interrupted_driver_give_the_rows_of_the_local_en
     assert node["versions"] == environment["versions"]
 
 
+def test_kept_models_come_back_from_the_nodes(tmp_path: Path) -> None:
+    spec = {"seeds": 2, "run": {"steps": 4, "batch_size": 2}, "grid": {"n_hidden": [1, 2]}}
+    found = []
+    for engine in ("ray", "local"):
+        sweep(tmp_path / engine, spec, engine=engine)
+        found.append({path.name: path.read_bytes() for path in (tmp_path / engine / "models").iterdir()})
+    assert len(found[0]) == 2
+    assert found[0] == found[1]
+
+
 def test_a_run_that_always_ends_its_process_is_a_failed_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

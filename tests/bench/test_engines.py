@@ -66,6 +66,19 @@ def test_fifty_kills_lose_and_double_nothing(faults: tuple[Path, dict[str, Any],
     assert parquet(folder / "killed") == parquet(tmp_path)
 
 
+def test_a_driver_killed_between_a_model_and_its_row_costs_neither(faults: tuple[Path, dict[str, Any], str]) -> None:
+    folder, found, _ = faults
+    assert found["models"] == [[1, 0], [1, 2]]
+    killed, whole = (
+        {path.name: path.read_bytes() for path in (folder / name / "models").iterdir()}
+        for name in ("models killed", "models")
+    )
+    assert len(whole) == 4
+    assert killed == whole
+    assert len(keys_written(folder / "models killed")) == 8
+    assert parquet(folder / "models killed") == parquet(folder / "models")
+
+
 def test_only_the_run_that_kills_its_process_fails(faults: tuple[Path, dict[str, Any], str]) -> None:
     _, found, stderr = faults
     failed = {(n_hidden, seed): error for n_hidden, seed, status, error in found["lethal"] if status == "failed"}
@@ -238,7 +251,8 @@ def test_a_disk_that_is_full_at_the_end_is_said_and_leaves_the_older_files(
     assert len(sweep(resume=True).rows) == 18
     before = write_report(tmp_path).read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    monkeypatch.setattr("moesaic.bench.report.page", lambda title, parts: "a" * 2_000_001)  # no figure is so large
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))
     try:
         with pytest.raises(StoreError, match=rf"File too large; the rows are safe: .*moesaic report {tmp_path}"):
             write_report(tmp_path)
