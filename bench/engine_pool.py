@@ -12,7 +12,7 @@ import pickle
 import signal
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +21,18 @@ from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moesaic.bench import environment
-from moesaic.bench.engines import RETRIES, EngineError, Group, Results, Work, after_death, reason, sendable_rows
-from moesaic.bench.plan import InputError
+from moesaic.bench.engines import (
+    RETRIES,
+    Attempts,
+    EngineError,
+    Fault,
+    Group,
+    Results,
+    Work,
+    reason,
+    sendable_rows,
+)
+from moesaic.bench.plan import InputError, Row
 from moesaic.bench.progress import REDRAW_INTERVAL_S, Progress
 
 if TYPE_CHECKING:
@@ -81,33 +91,35 @@ class ProcessPool:
         """The groups as they end, in no fixed order.
 
         Raises:
-            EngineError: processes end before they can begin, or cannot read what they are sent.
+            EngineError: processes end before they can begin, or cannot read what they are sent; a fault of the machine
+                that other processes have too.
         """
-        todo, deaths = deque(groups), Counter[str]()
+        todo, attempts = deque(groups), Attempts("--workers")
         try:
             while self._assign(todo, work):
                 for ready in connection.wait([worker.pipe for worker in self._workers]):
-                    number = next(i for i, worker in enumerate(self._workers) if worker.pipe is ready)
+                    number = next((i for i, worker in enumerate(self._workers) if worker.pipe is ready), None)
+                    if number is None:  # it died, and was replaced when it was to be given a group
+                        continue
                     worker = self._workers[number]
                     try:
                         kind, content = worker.pipe.recv()
                     except (EOFError, OSError):
-                        cause = self._replace(number)
+                        kind, content = "fault", Fault("death", self._replace(number))
+                    else:
+                        if kind == "fault":
+                            self._replace(number)
+                    if kind == "fault":
                         if worker.group is None:
                             continue
                         bar.group_failed(worker.group)
-                        key = worker.group[0].run.key
-                        deaths[key] += worker.ready
-                        if deaths[key] <= RETRIES:
-                            todo.appendleft(worker.group)
-                            continue
-                        del deaths[key]
-                        again, rows = after_death(worker.group, work, cause)
+                        again, rows = [worker.group], list[Row]()
+                        if worker.ready:
+                            again, rows = attempts.after(content, worker.group, work)
                         todo.extendleft(reversed(again))
                         if rows:
                             yield worker.group, rows
-                        continue
-                    if kind == "ready":
+                    elif kind == "ready":
                         worker.ready, self._stillborn = True, 0
                     elif kind == "error":
                         raise EngineError(f"--workers: a process cannot take up its work: {content}")
@@ -194,7 +206,11 @@ def serve(pipe: connection.Connection) -> None:
         except Exception as error:
             pipe.send(("error", reason(error)))
             return
-        pipe.send(("rows", sendable_rows(group, work, _Reporter(pipe))))
+        found = sendable_rows(group, work, _Reporter(pipe))
+        if isinstance(found, Fault):
+            pipe.send(("fault", found))
+            os._exit(1)  # whatever it has loaded, opened or lost; the driver starts another in its place
+        pipe.send(("rows", found))
 
 
 class _Reporter:

@@ -2,19 +2,21 @@
 
 Ray places the tasks and runs those again whose process or node died; here at most twice as many are handed in as can
 run at once, so that a sweep of many thousands does not fill the cluster's memory. The nodes need this version of
-moesaic and no shared folder: rows come back to the driver, which alone writes.
+moesaic, with what it trains with, and no shared folder: rows come back to the driver, which alone writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moesaic._version import __version__
@@ -22,15 +24,18 @@ from moesaic.bench import environment
 from moesaic.bench.engine_pool import visible_gpus
 from moesaic.bench.engines import (
     RETRIES,
+    Attempts,
     EngineChoice,
     EngineError,
+    Fault,
     Group,
     Results,
     Work,
-    after_death,
+    after_last,
+    reason,
     sendable_rows,
 )
-from moesaic.bench.plan import InputError, PlannedRun, Row
+from moesaic.bench.plan import InputError, Row
 from moesaic.bench.progress import Progress, model_steps
 
 if TYPE_CHECKING:
@@ -112,8 +117,9 @@ class RayEngine:
         # Where the sweep starts the cluster it may have fewer slots than cores; elsewhere a slot is a core.
         self._threads = max(1, environment.usable_cores() // int(total["CPU"])) if own_cluster else 1
         self._slots, self._looked = 0, -SLOTS_INTERVAL_S
-        self.memory = self._check_nodes()
-        nodes = [node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]]
+        nodes = self._look_at_nodes()
+        known = [node["memory_per_task"] for node in nodes if node["memory_per_task"] is not None]
+        self.memory = min(known, default=None)
         self.facts: Mapping[str, object] = {
             "name": "ray", "version": ray.__version__, "nodes": nodes, "resources": total, "gpus_per_task": self._gpus,
         }  # fmt: skip
@@ -122,9 +128,10 @@ class RayEngine:
         """The groups as they end, in no fixed order.
 
         Raises:
-            EngineError: a task cannot take up its work, as on a node with another version of moesaic.
+            EngineError: a task cannot take up its work, as on a node with another version of moesaic or without Numba,
+                or meets a fault of the machine wherever it is tried.
         """
-        ray, todo, pending = self._ray, deque(groups), dict[Any, Group]()
+        ray, todo, pending, attempts = self._ray, deque(groups), dict[Any, Group](), Attempts("--engine ray")
         task = self._task(_train, self._gpus)
         try:
             while todo or pending:
@@ -134,18 +141,23 @@ class RayEngine:
                 ready, _ = ray.wait(list(pending), num_returns=1, timeout=SLOTS_INTERVAL_S)
                 for reference in ready:
                     group = pending.pop(reference)
-                    again: list[list[PlannedRun]] = []
+                    again: list[Group] = []
                     try:
-                        rows = ray.get(reference)
+                        found = ray.get(reference)
                     except ray.exceptions.RayTaskError as error:
                         last = str(error).strip().splitlines()[-1]
                         raise EngineError(f"--engine ray: a task cannot take up its work: {last}") from error
                     except ray.exceptions.RayError as error:
                         first = str(error).strip().splitlines()[0]
-                        again, rows = after_death(group, work, f"with {type(error).__name__}: {first}")
+                        death = Fault("death", f"with {type(error).__name__}: {first}")
+                        again, rows = after_last(death, group, work)  # Ray has tried it as often as we would
+                    else:
+                        rows = found
+                        if isinstance(found, Fault):
+                            again, rows = attempts.after(found, group, work)
                     todo.extendleft(reversed(again))
                     if rows:
-                        losses = [row["loss"] for row in rows if isinstance(row.get("loss"), float)]
+                        losses = [loss for row in rows if isinstance(loss := row.get("loss"), float)]
                         bar.add(group, model_steps(group), sum(losses) / len(losses) if losses else float("nan"))
                         yield group, rows
         finally:
@@ -178,30 +190,76 @@ class RayEngine:
             self._slots, self._looked = max(1, min(gpus, int(total.get("CPU", 0)))), time.monotonic()
         return self._slots
 
-    def _check_nodes(self) -> int | None:
-        """Asks a task for its version of moesaic and the memory of its device."""
-        ray = self._ray
-        try:
-            version, memory = ray.get(self._task(_look, self._gpus).remote(self.device))
-        except ray.exceptions.RayError as error:
-            last = str(error).strip().splitlines()[-1]
-            raise InputError(f"--engine ray: the nodes need moesaic {__version__} installed: {last}") from error
-        if version != __version__:
-            raise InputError(f"--engine ray: the nodes have moesaic {version}, this process has {__version__}")
-        return None if memory is None else int(memory * (self._gpus or 1.0))
+    def _look_at_nodes(self) -> list[dict[str, Any]]:
+        """What ``environment.json`` says of every node that can run tasks; refuses those with another moesaic."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        ray, looks = self._ray, dict[Any, tuple[str, int]]()
+        for node in ray.nodes():
+            has = node["Resources"]
+            slots = min(has.get("CPU", 0), has.get("GPU", 0) / self._gpus if self._gpus else math.inf)
+            if node["Alive"] and slots >= 1:
+                # It asks for nothing that other tasks could hold for hours.
+                there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                task = self._task(_look, self._gpus).options(num_cpus=0, num_gpus=0, scheduling_strategy=there)
+                looks[task.remote(self.device)] = node["NodeManagerHostname"], int(slots)
+        if not looks:
+            raise InputError(f"--engine ray: no node of the cluster has a core{' and a GPU' if self._gpus else ''}")
+        nodes = []
+        for reference, (host, slots) in looks.items():
+            try:
+                memory, facts = ray.get(reference)
+            except ray.exceptions.RayError as error:
+                last = str(error).strip().splitlines()[-1]
+                raise InputError(
+                    f"--engine ray: {host} cannot train; it needs moesaic {__version__}: {last}"
+                ) from error
+            version = facts["versions"]["moesaic"]
+            if version != __version__:
+                raise InputError(f"--engine ray: {host} has moesaic {version}, this process has {__version__}")
+            if memory is not None:  # tasks at once share a node's memory, or a GPU's
+                memory = int(memory * self._gpus) if self._gpus else memory // slots
+            nodes.append({"host": host, "tasks": slots, "memory_per_task": memory, **facts})
+        return nodes
 
 
-def _train(version: str, threads: int, group: Group, work: Work) -> list[Row]:
+_spent = False
+"""Whether this process has met a `Fault` and is to be replaced."""
+
+
+def _train(version: str, threads: int, group: Group, work: Work) -> list[Row] | Fault:
+    global _spent
+    if _spent:
+        os._exit(1)  # Ray runs the task again, in another process
+    host = socket.gethostname()
     if version != __version__:
-        raise RuntimeError(f"this node has moesaic {__version__}, the driver has {version}")
-    _take_gpu()
-    _set_threads(threads)
-    return sendable_rows(group, work, _Unwatched())
+        raise RuntimeError(f"{host} has moesaic {__version__}, the driver has {version}")
+    needed = {"cpu": "numba", "cuda": "triton"}[work.device]
+    if work.impl != "torch" and environment.missing_extras({"bench": [needed]}):
+        raise RuntimeError(f"{host} lacks {needed}; there: {environment.install_command('bench,ray')}")
+    try:
+        _take_gpu()
+        _set_threads(threads)
+    except Exception as error:
+        found: list[Row] | Fault = Fault("machine", reason(error))
+    else:
+        found = sendable_rows(group, work, _Unwatched())
+    if isinstance(found, Fault):
+        _spent = True
+        found = replace(found, words=f"on {host}: {found.words}")
+    return found
 
 
-def _look(device: str) -> tuple[str, int | None]:
-    _take_gpu()
-    return __version__, environment.device_memory_bytes(device)
+def _look(device: str) -> tuple[int | None, dict[str, Any]]:
+    """The memory that bounds a run on ``device`` (the smallest of several GPUs), and what this node is."""
+    import torch
+
+    machine, memory = environment.machine(), environment.memory_bytes()
+    if device == "cuda":
+        sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+        memory = min((size for size in (memory, *sizes) if size), default=None)
+    kept = {name: machine[name] for name in ("cpu", "cores", "memory_bytes", "gpus")}
+    return memory, {**kept, "versions": environment.versions()}
 
 
 def _call(function: Callable[[], T]) -> T:

@@ -2,8 +2,9 @@
 
 An engine takes groups and gives their rows in the order in which they end; only the driver, the process of `run_sweep`,
 writes. All engines train the same groups, and the bits of a run depend on neither the process nor its threads.
-An exception while training is a ``failed`` row. A process that dies is no result: its group is trained again, `RETRIES`
-times whole and then run by run as often, before the run at fault becomes a ``failed`` row that says so.
+An exception while training is a ``failed`` row, unless it is the machine's `Fault`. Such a one and a process that dies
+are no result: the group is trained again by another process, `RETRIES` times whole and then run by run as often, before
+the run at fault becomes a ``failed`` row that says so, or, where no run can be, the sweep ends with `EngineError`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import math
 import multiprocessing
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from moesaic.bench import environment
 from moesaic.bench.models import MODEL
@@ -35,10 +37,39 @@ Results = Generator[tuple[Group, list[Row]], None, None]
 ENGINES = ("local", "ray")
 RETRIES = 3
 """How often a group whose process died is trained again."""
+CUDA_FAULTS = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]", "CUBLAS_STATUS", "cuDNN error")
+"""Words of a `RuntimeError` after which a process cannot use its GPU any more."""
+BUILD_FAULTS = ("Failed to find C compiler",)
+"""Words of a `RuntimeError` where Triton lacks what it builds with."""
+OUT_OF_MEMORY = "out of memory"
+RESUME = "What is written is safe: mend that, then continue with --resume"
 
 
 class EngineError(Exception):
     """An engine cannot go on for a reason that is no run's fault; what is written stays."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a training gave no rows without a run being to blame for sure.
+
+    Args:
+        kind: ``missing`` where a package is not installed, ``machine`` where a file, disk or GPU fails whatever is
+            trained, ``device`` where the GPU failed while training, which a run may have caused, ``death`` where the
+            process ended.
+        words: in one line.
+    """
+
+    kind: Literal["missing", "machine", "device", "death"]
+    words: str
+
+
+class MachineFault(Exception):
+    """What `train_group` raises for a `Fault`."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.words)
+        self.fault = fault
 
 
 @dataclass(frozen=True)
@@ -166,9 +197,19 @@ class InProcess:
         self.facts: Mapping[str, object] = {"name": "local"}
 
     def train(self, groups: Sequence[Group], work: Work, bar: Progress) -> Results:
-        """The groups in order."""
+        """The groups in order.
+
+        Raises:
+            EngineError: a fault of the machine; this process cannot be replaced by another.
+        """
         for group in groups:
-            yield group, train_group(group, work, bar)
+            try:
+                rows = train_group(group, work, bar)
+            except MachineFault as error:
+                lost = error.fault.kind == "device"
+                more = "; --workers 1 trains in a process that is replaced after such an error" if lost else ""
+                raise EngineError(f"no run is at fault: {error}. {RESUME}{more}") from error
+            yield group, rows
 
     def alone(self, function: Callable[[], T]) -> T:
         """Calls it."""
@@ -192,7 +233,11 @@ def run_groups(
 
 
 def train_group(group: Group, work: Work, watcher: Watcher) -> list[Row]:
-    """The rows of a group; where it raises, each of its runs alone, and a ``failed`` row for each that still does."""
+    """The rows of a group; where it raises, each of its runs alone, and a ``failed`` row for each that still does.
+
+    Raises:
+        MachineFault: an exception that says nothing of a run.
+    """
     started_at, clock = environment.now(), time.perf_counter()
     try:
         rows = work.trainer(group, device=work.device, impl=work.impl, progress=watcher.advance(group))
@@ -201,9 +246,15 @@ def train_group(group: Group, work: Work, watcher: Watcher) -> list[Row]:
             raise RuntimeError(f"the trainer gave rows for {found}")
     except Exception as error:
         watcher.group_failed(group)
-        if len(group) > 1:
-            return [row for item in group for row in train_group([item], work, watcher)]
+        fault = fault_of(error)
+        if fault is not None:
+            raise MachineFault(fault) from error
         rows = [{"status": "failed", "error": reason(error), "device": work.device}]
+        alone = len(group) > 1
+    else:
+        alone = False
+    if alone:  # here, where no traceback holds the memory of the group any more
+        return [row for item in group for row in train_group([item], work, watcher)]
     wall_s = (time.perf_counter() - clock) / len(group)
     return [
         {"status": "ok", "error": None, "wall_s": wall_s, "started_at": started_at}
@@ -212,20 +263,72 @@ def train_group(group: Group, work: Work, watcher: Watcher) -> list[Row]:
     ]
 
 
-def sendable_rows(group: Group, work: Work, watcher: Watcher) -> list[Row]:
-    """`train_group` for another process: JSON values and NumPy's arrays travel, no tensors."""
-    return [
-        {name: value if name == MODEL else jsonable(value) for name, value in row.items()}
-        for row in train_group(group, work, watcher)
-    ]
+def sendable_rows(group: Group, work: Work, watcher: Watcher) -> list[Row] | Fault:
+    """`train_group` for another process, which is to end after a `Fault`: no tensors and no exceptions travel."""
+    fault = _gpu_fault() if work.device == "cuda" else None
+    if fault is not None:
+        return fault
+    try:
+        rows = train_group(group, work, watcher)
+    except MachineFault as error:
+        return error.fault
+    return [{name: value if name == MODEL else jsonable(value) for name, value in row.items()} for row in rows]
 
 
-def after_death(group: Group, work: Work, cause: str) -> tuple[list[list[PlannedRun]], list[Row]]:
-    """What follows when every attempt at ``group`` ended in the death of its process: groups to train, or its row."""
+def fault_of(error: Exception) -> Fault | None:
+    """The `Fault` that an exception of a training means, None where the run is to blame, as for want of memory."""
+    words, text = reason(error), str(error)
+    if isinstance(error, ImportError):
+        return Fault("missing", words)
+    if isinstance(error, OSError) or (isinstance(error, RuntimeError) and any(w in text for w in BUILD_FAULTS)):
+        return Fault("machine", words)
+    if not isinstance(error, RuntimeError) or OUT_OF_MEMORY in text:
+        return None
+    accelerator = any(kind.__name__ == "AcceleratorError" for kind in type(error).__mro__)
+    return Fault("device", words) if accelerator or any(w in text for w in CUDA_FAULTS) else None
+
+
+def _gpu_fault() -> Fault | None:
+    """Tells a GPU that fails whatever is asked of it from one that a run makes fail."""
+    import torch
+
+    try:
+        torch.zeros(1, device="cuda").item()
+    except Exception as error:
+        if OUT_OF_MEMORY not in str(error):
+            return Fault("machine", f"the GPU does not answer: {reason(error)}")
+    return None
+
+
+class Attempts:
+    """Counts the attempts of a sweep that gave no rows; ``engine`` is the option that messages name."""
+
+    def __init__(self, engine: str) -> None:
+        self._engine, self._lost = engine, Counter[str]()
+
+    def after(self, fault: Fault, group: Group, work: Work) -> tuple[list[Group], list[Row]]:
+        """What follows from ``fault``: groups to train, or the row of the run at fault.
+
+        Raises:
+            EngineError: a fault that no other attempt mends and no run can have.
+        """
+        key = group[0].run.key
+        self._lost[key] += 1
+        if fault.kind != "missing" and self._lost[key] <= RETRIES:
+            return [group], []
+        del self._lost[key]
+        if fault.kind in ("missing", "machine"):
+            raise EngineError(f"{self._engine}: no run is at fault: {fault.words}. {RESUME}")
+        return after_last(fault, group, work)
+
+
+def after_last(fault: Fault, group: Group, work: Work) -> tuple[list[Group], list[Row]]:
+    """What follows when every attempt at ``group`` ended like the last one: its runs alone, or its row."""
     if len(group) > 1:
         return [[item] for item in group], []
     (item,) = group
-    error = f"the process that trained this run died {RETRIES + 1} times; the last one {cause}"
+    what = "the process that trained this run died" if fault.kind == "death" else "this run made its GPU fail"
+    error = f"{what} {RETRIES + 1} times; the last one {fault.words}"
     failed: Row = {"status": "failed", "error": error.replace("\n", " "), "device": work.device}
     return [], [{**failed, **item.run.flat(), **item.labels, "run_key": item.run.key}]
 

@@ -8,6 +8,7 @@ a second writer before it damages a row. Reading a run folder needs no lock.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -30,11 +31,16 @@ _held: weakref.WeakSet[RunLock] = weakref.WeakSet()
 
 
 class RunLock:
-    """The right to write into a run folder, from `acquire` to the end of the ``with`` block."""
+    """The right to write into a run folder, from `acquire` to the end of the ``with`` block.
+
+    What `acquire` had to make is removed at the end of the block unless `keep` was called.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
+        self._path = self.folder / LOCK_FILE
         self._descriptor: int | None = None
+        self._made: list[Path] = []  # the innermost first
         _held.add(self)
 
     def __enter__(self) -> RunLock:
@@ -43,7 +49,12 @@ class RunLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._withdraw()
         self.release()
+
+    def keep(self) -> None:
+        """Says that the folder is to stay."""
+        self._made = []
 
     def release(self) -> None:
         """Gives the lock back, if it is held."""
@@ -52,19 +63,42 @@ class RunLock:
             self._descriptor = None
 
     def acquire(self) -> None:
-        """Take the lock of an existing folder and write down who has it.
+        """Make the folder where it is missing, take its lock and write down who has it.
 
         Raises:
             InputError: another sweep holds it, saying host, process and since when.
-            OSError: the folder cannot be written.
+            OSError: the folder cannot be made or written.
         """
-        # Opened without O_TRUNC: until the lock is ours, the words in it are another's.
-        self._descriptor = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        made: list[Path] = []
+        while self._descriptor is None:
+            made += [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            made = made if self._path.exists() else [self._path, *made]
+            try:
+                # Without O_TRUNC: until the lock is ours, the words in it are another's.
+                self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:
+                if self.folder.is_dir():
+                    raise
+                continue
+            try:
+                self._lock(self._descriptor)
+            except BaseException:
+                self.release()
+                raise
+            if not _is_at(self._descriptor, self._path):  # who made it has withdrawn meanwhile
+                self.release()
+        self._made = made
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": environment.now()}
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(mine).encode(), 0)
+
+    def _lock(self, descriptor: int) -> None:
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"--out {self.folder}: another sweep is writing there ({_holder(self._descriptor)}); "
+                f"--out {self.folder}: another sweep is writing there ({_holder(descriptor)}); "
                 "wait for it, end it, or name another folder"
             ) from None
         except OSError as error:
@@ -75,9 +109,20 @@ class RunLock:
                 "sweep writes there",
                 file=sys.stderr,
             )
-        mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": environment.now()}
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(mine).encode(), 0)
+
+    def _withdraw(self) -> None:
+        """Removes what this lock made, while it is held; a folder that holds something stays."""
+        for path in self._made:
+            with contextlib.suppress(OSError):
+                path.unlink() if path == self._path else path.rmdir()
+        self._made = []
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _holder(descriptor: int) -> str:

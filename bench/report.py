@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from moesaic.bench.report_sections import (
     words_section,
 )
 from moesaic.bench.reproduce.phase_plan import is_phase
-from moesaic.bench.store import RunStore
+from moesaic.bench.store import RunStore, StoreError, replace_file
 from moesaic.bench.words import interval, plain_words, result_lines, si
 
 if TYPE_CHECKING:
@@ -52,13 +53,23 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         InputError: ``runs.jsonl``, ``environment.json`` or ``reproduction.json`` is damaged.
         FileNotFoundError: the folder holds no rows.
+        StoreError: the disk is full; an older ``report.html`` stays as it was.
     """
-    from moesaic.bench.figures import INSIDE, draw_figures
-
     store = RunStore(run_dir)
     rows = store.rows()
     if not rows:
         raise FileNotFoundError(f"{store.path}: no rows to report on")
+    try:
+        return _draw(store, rows)
+    except OSError as error:
+        again = f"make room, then: moesaic report {shlex.quote(str(run_dir))}"
+        words = error.strerror or error
+        raise StoreError(f"{error.filename or store.folder}: {words}; the rows are safe: {again}") from error
+
+
+def _draw(store: RunStore, rows: Sequence[Row]) -> Path:
+    from moesaic.bench.figures import INSIDE, draw_figures
+
     environment = store.environment() or {}
     phase = is_phase(rows)
     # Cells of a phase diagram are points of its maps, those of many sizes points of lines against n: neither are
@@ -116,7 +127,8 @@ def write_report(run_dir: Path) -> Path:
         environment_section(environment),
     ]
     path = store.folder / "report.html"
-    path.write_text(page(title, [part for part in parts if part]), encoding="utf-8")
+    text = page(title, [part for part in parts if part])
+    replace_file(path, lambda new: new.write_text(text, encoding="utf-8"))
     return path
 
 

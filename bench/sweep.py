@@ -37,7 +37,7 @@ from moesaic.bench.progress import Progress
 from moesaic.bench.rates import with_timings
 from moesaic.bench.spec import SweepSpec
 from moesaic.bench.spec_toml import spec_text
-from moesaic.bench.store import SPEC_FILE, RunStore
+from moesaic.bench.store import SPEC_FILE, RunStore, StoreError
 from moesaic.bench.sweep_energy import check_cells, measure_sweep
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def run_sweep(
             another plan or version; a run that does not fit into memory (in a later stage: before the training of that
             stage).
         StoreError: the disk is full.
-        EngineError: processes or tasks cannot take up their work.
+        EngineError: processes or tasks cannot take up their work, or a fault of the machine that no other try mends.
     """
     choice = EngineChoice(name=engine, workers=workers, address=address, gpus_per_task=gpus_per_task)
     environment.require("duckdb", "tqdm")
@@ -188,12 +188,16 @@ def run_sweep(
             )
         trainer, max_models = trainer or preset.trainer(out), max_models or preset.max_models
     trainer, max_models = trainer or train_and_measure, max_models or MAX_MODELS
-    with start_engine(choice, device, trainer) as started, RunLock(out) as lock:
-        work = Work(trainer, started.device, impl)
-        return _sweep(
-            preset, out, started, lock, work, quick=quick, seeds=seeds, resume=resume, progress=progress,
-            max_models=max_models, energy=energy, argv=argv,
-        )  # fmt: skip
+    with RunLock(out) as lock:
+        try:
+            lock.acquire()  # before a cluster is started or anything timed for a folder that another sweep has
+        except OSError as error:
+            raise InputError(f"--out {out}: cannot be written: {error.strerror or error}") from error
+        with start_engine(choice, device, trainer) as started:
+            return _sweep(
+                preset, out, started, lock, Work(trainer, started.device, impl), quick=quick, seeds=seeds,
+                resume=resume, progress=progress, max_models=max_models, energy=energy, argv=argv,
+            )  # fmt: skip
 
 
 def _sweep(
@@ -217,7 +221,8 @@ def _sweep(
     }  # fmt: skip
     request["plan_hash"] = _plan_hash(preset, request, first)
     argv = argv or _command(preset, out, quick, seeds, device, impl)
-    store = open_store(out, request, resume, {**environment.environment(argv), "engine": engine.facts}, lock)
+    store = open_store(out, request, resume, {**environment.environment(argv), "engine": engine.facts})
+    lock.keep()
     if preset.spec is not None:
         store.write_spec(spec_text(preset.spec))
 
@@ -263,8 +268,17 @@ def _sweep(
     if interrupted:
         rows = store.rows()
     else:
-        store.write_environment({**(store.environment() or {}), "ended": environment.now()})
+        _write_end(store)
     return SweepResult(rows, out, interrupted)
+
+
+def _write_end(store: RunStore) -> None:
+    try:
+        store.write_environment({**(store.environment() or {}), "ended": environment.now()})
+    except OSError as error:
+        raise StoreError(
+            f"{store.environment_path}: {error.strerror or error}; all rows are safe: make room, then --resume"
+        ) from error
 
 
 def train_and_measure(
@@ -354,19 +368,15 @@ def check_impl(impl: str, device: str) -> None:
         environment.require("numba")
 
 
-def open_store(
-    out: Path, request: Mapping[str, object], resume: bool, here: Mapping[str, object], lock: RunLock
-) -> RunStore:
-    """The run folder, made, proved writable, locked and with its ``environment.json`` written.
+def open_store(out: Path, request: Mapping[str, object], resume: bool, here: Mapping[str, object]) -> RunStore:
+    """The run folder, proved writable and with its ``environment.json`` written.
 
     Raises:
-        InputError: the folder cannot be written, another sweep writes to it, it has rows and ``resume`` is false, or it
-            has the rows of another plan.
+        InputError: the folder cannot be written, it has rows and ``resume`` is false, or it has the rows of another
+            plan.
     """
     store = RunStore(out)
     try:
-        store.folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
         store.path.open("ab").close()
         store.write_environment(_history(store, request, resume, here))
     except OSError as error:

@@ -17,13 +17,17 @@ from functools import partial
 from pathlib import Path
 
 import duckdb  # noqa: F401
+import torch
+import torch._dynamo  # the first training would import it, which takes seconds
 import tqdm  # noqa: F401
 
+import moesaic.bench.measure
 import moesaic.moe  # noqa: F401
 from moesaic.bench import engine_pool, environment
 from moesaic.bench.engines import EngineError
 from moesaic.bench.plan import PlannedRun, Row
 from moesaic.bench.spec import spec_preset
+from moesaic.bench.store import RunStore
 from moesaic.bench.sweep import run_sweep
 
 KILLS = 50
@@ -66,6 +70,49 @@ def lethal(
     return [row(item) for item in group]
 
 
+_poison: list[str] = []
+
+
+def broken(
+    group: Sequence[PlannedRun], *, device: str, impl: str, progress: Callable[[int, float], None], folder: Path
+) -> list[Row]:
+    """Fails as on a GPU at one run once and at one always, and then always in that process; maybe as a machine does."""
+    where = {(item.run.toy.n_hidden, item.run.seed) for item in group}
+    if (1, 0) in where or ((1, 3) in where and not (folder / "once").exists()):
+        (folder / "once").touch()
+        _poison.append("CUDA error: an illegal memory access was encountered")
+    if _poison:
+        raise RuntimeError(_poison[0])
+    if (2, 2) in where and (folder / "import").exists():
+        raise ModuleNotFoundError("No module named 'numba'")
+    if (2, 2) in where and (folder / "disk").exists():
+        raise OSError(28, "No space left on device")
+    return [row(item) for item in group]
+
+
+def machine_faults(folder: Path) -> dict[str, object]:
+    """What the sweep of a machine with faults says: two that end it, then its rows."""
+    spec, out = spec_preset({**SPEC, "seeds": 4, "grid": {"n_hidden": [1, 2]}}), folder / "broken"
+    out.mkdir()
+    words = []
+    for name in ("import", "disk"):
+        (out / name).touch()
+        try:
+            run_sweep(
+                spec, out, device="cpu", progress=False, max_models=2, trainer=partial(broken, folder=out), workers=2,
+                resume=True,
+            )  # fmt: skip
+        except EngineError as error:
+            words.append(str(error))
+        (out / name).unlink()
+    result = run_sweep(
+        spec, out, device="cpu", progress=False, max_models=2, trainer=partial(broken, folder=out), workers=2,
+        resume=True,
+    )  # fmt: skip
+    rows = [[row["n_hidden"], row["seed"], row["status"], row["error"]] for row in result.rows]
+    return {"words": words, "rows": rows}
+
+
 def kill_sweeps(out: Path, log: Path) -> dict[str, object]:
     """Starts one sweep again and again and kills drivers, in the middle of appends too, and workers of pools."""
     kinds = dict.fromkeys(("driver", "append", "pool driver", "worker"), 0)
@@ -99,6 +146,49 @@ def kill_sweeps(out: Path, log: Path) -> dict[str, object]:
         _sweep(out, partial(logging, log), 2)
     _, status = os.waitpid(child, 0)
     return {**kinds, "status": status}
+
+
+def kill_between_model_and_row(folder: Path) -> list[list[int]]:
+    """Trains for real, in a pool whose driver dies after it wrote models and before their rows, and undisturbed.
+
+    Gives the numbers of models without a row and of rows that each death left.
+    """
+    run = {"steps": 4, "batch_size": 2, "n_features": 6, "n_experts": 2}
+    spec = spec_preset({"seeds": 2, "run": run, "grid": {"n_hidden": [1, 2], "lr": [0.1, 0.2]}})
+
+    def sweep(name: str, workers: int | None, writes: int | None) -> None:
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+            return
+        if writes is not None:
+            _die_before_a_write(writes)
+        run_sweep(
+            spec, folder / name, device="cpu", impl="torch", resume=True, progress=False, max_models=2, workers=workers
+        )
+        os._exit(0)
+
+    left = []
+    for writes in (0, 1):
+        sweep("models killed", 2, writes)
+        keys = RunStore(folder / "models killed").keys()
+        models = {path.stem for path in (folder / "models killed" / "models").glob("*.safetensors")}
+        left.append([len(models - keys), len(keys)])
+    sweep("models killed", 2, None)
+    sweep("models", None, None)
+    return left
+
+
+def _die_before_a_write(after: int) -> None:
+    write, left = RunStore._write, [after]
+
+    def last(self: RunStore, lines: bytes) -> None:
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        write(self, lines)
+
+    RunStore._write = last  # type: ignore[method-assign]
 
 
 def _sweep(out: Path, trainer: Callable[..., list[Row]], workers: int | None) -> None:
@@ -139,6 +229,7 @@ def main(folder: Path) -> None:
     """Prints what happened as JSON."""
     random.seed(0)
     engine_pool.START_METHOD = "fork"
+    torch.set_num_threads(1)  # a forked child could not use the threads of another process
     facts = environment.environment([])
     environment.environment = lambda argv: dict(facts)  # asking git takes longer than these sweeps
     started = time.perf_counter()
@@ -149,6 +240,8 @@ def main(folder: Path) -> None:
     result = run_sweep(
         spec_preset(spec), folder / "lethal", device="cpu", progress=True, max_models=2, trainer=trainer, workers=2
     )
+    machine = machine_faults(folder)
+    models = kill_between_model_and_row(folder)
     engine_pool.serve = lambda pipe: os._exit(3)
     try:
         run_sweep(spec_preset(spec), folder / "stillborn", device="cpu", progress=False, trainer=trainer, workers=1)
@@ -156,7 +249,18 @@ def main(folder: Path) -> None:
     except EngineError as error:
         stillborn = str(error)
     rows = [[row["n_hidden"], row["seed"], row["status"], row["error"]] for row in result.rows]
-    print(json.dumps({"killed": killed, "seconds": seconds, "lethal": rows, "stillborn": stillborn}))
+    print(
+        json.dumps(
+            {
+                "killed": killed,
+                "seconds": seconds,
+                "lethal": rows,
+                "machine": machine,
+                "models": models,
+                "stillborn": stillborn,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import duckdb
 import pytest
 
+from moesaic._version import __version__
 from moesaic.bench import engine_ray, engines
 from moesaic.bench.plan import InputError, PlannedRun, Row
 from moesaic.bench.spec import spec_preset
@@ -104,7 +105,20 @@ def test_a_killed_worker_and_an_interrupted_driver_give_the_rows_of_the_local_en
     assert parquet(tmp_path / "ray") == parquet(tmp_path / "local")
     environment: Any = RunStore(tmp_path / "ray").environment()
     assert environment["engine"]["version"] == ray.__version__
-    assert environment["engine"]["nodes"] == [socket.gethostname()]
+    (node,) = environment["engine"]["nodes"]
+    assert (node["host"], node["tasks"], node["cpu"]) == (socket.gethostname(), 2, environment["cpu"])
+    assert node["memory_per_task"] == environment["memory_bytes"] // 2  # of two tasks at once
+    assert node["versions"] == environment["versions"]
+
+
+def test_kept_models_come_back_from_the_nodes(tmp_path: Path) -> None:
+    spec = {"seeds": 2, "run": {"steps": 4, "batch_size": 2}, "grid": {"n_hidden": [1, 2]}}
+    found = []
+    for engine in ("ray", "local"):
+        sweep(tmp_path / engine, spec, engine=engine)
+        found.append({path.name: path.read_bytes() for path in (tmp_path / engine / "models").iterdir()})
+    assert len(found[0]) == 2
+    assert found[0] == found[1]
 
 
 def test_a_run_that_always_ends_its_process_is_a_failed_row(
@@ -139,8 +153,43 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path: Path, m
         with pytest.raises(InputError, match=f"--address {address}: no Ray cluster answers there: .*refused"):
             engine_ray._connect(ray, engines.EngineChoice(name="ray", address=address))
     monkeypatch.setattr(engine_ray, "__version__", "0.0.0")
-    with pytest.raises(InputError, match=r"the nodes have moesaic \S+, this process has 0\.0\.0"):
+    with pytest.raises(InputError, match=rf"{socket.gethostname()} has moesaic \S+, this process has 0\.0\.0"):
         sweep(out)
-    with pytest.raises(RuntimeError, match=r"this node has moesaic 0\.0\.0, the driver has 9"):
+    with pytest.raises(RuntimeError, match=r"\S+ has moesaic 0\.0\.0, the driver has 9"):
         engine_ray._train("9", 1, [], engines.Work(deadly, "cpu", "torch"))
     assert not out.exists()
+
+
+def poisoned(
+    group: Sequence[PlannedRun], *, device: str, impl: str, progress: Callable[[int, float], None], folder: Path
+) -> list[Row]:
+    """Fails as on a GPU once, and then always in that process; one run meets a disk that fails."""
+    import moesaic.bench
+
+    if any(item.run.seed == 1 for item in group) and not (folder / "done").exists():
+        (folder / "done").touch()
+        moesaic.bench.poison = True  # type: ignore[attr-defined]
+    if hasattr(moesaic.bench, "poison"):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    if (folder / "disk").exists() and any(item.run.seed == 3 for item in group):
+        raise OSError(28, "No space left on device")
+    return [{"run_key": item.run.key, "loss": 0.5} for item in group]
+
+
+def test_a_fault_of_a_node_is_no_failed_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = {"seeds": 8, "run": {"steps": 4}}
+    trainer = partial(poisoned, folder=tmp_path)
+    monkeypatch.setattr(engines, "RETRIES", 1)
+    (tmp_path / "disk").touch()
+    with pytest.raises(
+        engines.EngineError, match=rf"no run is at fault: on {socket.gethostname()}: OSError: .*No space"
+    ):
+        sweep(tmp_path / "out", spec, trainer=trainer)
+    assert (tmp_path / "done").exists()
+    (tmp_path / "disk").unlink()
+    result = sweep(tmp_path / "out", spec, trainer=trainer, resume=True)
+    assert [row["status"] for row in result.rows] == ["ok"] * 8
+    monkeypatch.setitem(sys.modules, "numba", None)
+    work = engines.Work(deadly, "cpu", "auto")
+    with pytest.raises(RuntimeError, match=r'lacks numba; there: pip install "moesaic\[bench,ray\]"'):
+        engine_ray._train(__version__, 1, [], work)

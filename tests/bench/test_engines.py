@@ -5,16 +5,19 @@ import pickle
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pytest
 
-from moesaic.bench.engines import EngineChoice
+from moesaic.bench.engines import EngineChoice, EngineError, Fault, Work, fault_of, sendable_rows, train_group
 from moesaic.bench.million import MILLION
 from moesaic.bench.plan import InputError, PlannedRun, Row
+from moesaic.bench.progress import Progress
+from moesaic.bench.report import write_report
 from moesaic.bench.reproduce import REPRODUCTIONS
 from moesaic.bench.spec import spec_preset
 from moesaic.bench.store import TIME_COLUMNS, RunStore, StoreError
@@ -63,6 +66,19 @@ def test_fifty_kills_lose_and_double_nothing(faults: tuple[Path, dict[str, Any],
     assert parquet(folder / "killed") == parquet(tmp_path)
 
 
+def test_a_driver_killed_between_a_model_and_its_row_costs_neither(faults: tuple[Path, dict[str, Any], str]) -> None:
+    folder, found, _ = faults
+    assert found["models"] == [[1, 0], [1, 2]]
+    killed, whole = (
+        {path.name: path.read_bytes() for path in (folder / name / "models").iterdir()}
+        for name in ("models killed", "models")
+    )
+    assert len(whole) == 4
+    assert killed == whole
+    assert len(keys_written(folder / "models killed")) == 8
+    assert parquet(folder / "models killed") == parquet(folder / "models")
+
+
 def test_only_the_run_that_kills_its_process_fails(faults: tuple[Path, dict[str, Any], str]) -> None:
     _, found, stderr = faults
     failed = {(n_hidden, seed): error for n_hidden, seed, status, error in found["lethal"] if status == "failed"}
@@ -72,7 +88,100 @@ def test_only_the_run_that_kills_its_process_fails(faults: tuple[Path, dict[str,
     assert failed[2, 0] == "the process that trained this run died 4 times; the last one exited with code 7"
     assert "spec: 100%" in stderr
     assert "32.0/32.0" in stderr
-    assert stderr.count("failed: run ") == 2
+    assert stderr.count("failed: run ") == 2 + 1  # of `machine_faults`
+
+
+def test_faults_of_the_machine_end_a_process_and_no_run(faults: tuple[Path, dict[str, Any], str]) -> None:
+    missing, disk = faults[1]["machine"]["words"]
+    assert missing.startswith("--workers: no run is at fault: ModuleNotFoundError: No module named 'numba' (faults.py:")
+    assert "no run is at fault: OSError: [Errno 28] No space left on device" in disk
+    assert disk.endswith("continue with --resume")
+    rows = {(n_hidden, seed): error for n_hidden, seed, _, error in faults[1]["machine"]["rows"]}
+    error = rows.pop((1, 0))
+    assert error.startswith("this run made its GPU fail 4 times; the last one RuntimeError: CUDA error: an illegal")
+    assert list(rows.values()) == [None] * 7
+
+
+def test_an_exception_is_the_runs_fault_or_the_machines() -> None:
+    import torch
+
+    assert fault_of(ModuleNotFoundError("no numba")) == Fault("missing", "ModuleNotFoundError: no numba")
+    for error in (OSError(28, "full"), RuntimeError("Failed to find C compiler. Please specify")):
+        assert fault_of(error).kind == "machine"  # type: ignore[union-attr]
+    for error in (
+        torch.AcceleratorError("an illegal memory access"), RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"),
+        RuntimeError("Triton Error [CUDA]: unspecified launch failure"),
+    ):  # fmt: skip
+        assert fault_of(error).kind == "device"  # type: ignore[union-attr]
+    for own in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("CUDA error: out of memory"), MemoryError(),
+        FloatingPointError(), ValueError("CUDA error"), RuntimeError("shapes"),
+    ):  # fmt: skip
+        assert fault_of(own) is None
+
+
+def test_a_fault_of_the_machine_ends_a_sweep_without_workers_and_resumes(tmp_path: Path) -> None:
+    import torch
+
+    def sweep(fault: Exception | None = None, after: int = 2) -> SweepResult:
+        called = []
+
+        def trainer(group: Sequence[PlannedRun], **others: Any) -> list[Row]:
+            called.append(group)
+            if fault is not None and len(called) > after:
+                raise fault
+            return rows_of(group, **others)
+
+        return run_sweep(
+            spec_preset(SPEC), tmp_path, device="cpu", progress=False, max_models=2, trainer=trainer, resume=True
+        )
+
+    for number, (fault, words) in enumerate({
+        ModuleNotFoundError("No module named 'numba'"): r"no run is at fault: ModuleNotFoundError: .* --resume$",
+        OSError(28, "No space"): "no run is at fault: OSError: .*No space",
+        torch.AcceleratorError("CUDA error: unspecified"): "AcceleratorError: .*--workers 1 trains in a process that",
+    }.items(), 1):  # fmt: skip
+        with pytest.raises(EngineError, match=words):
+            sweep(fault)
+        assert [row["status"] for row in RunStore(tmp_path).rows()] == ["ok"] * 4 * number
+    assert sweep().failed == []
+    assert len(sweep().rows) == 18
+
+
+def test_a_gpu_that_fails_whatever_is_asked_of_it_is_no_runs_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    (stage,) = spec_preset({**SPEC, "seeds": 1, "grid": {}}).stages(False, None)
+    work = Work(rows_of, "cuda", "torch")
+
+    def answer(error: Exception) -> Any:
+        def zeros(*shape: int, **others: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("torch.zeros", zeros)
+        return sendable_rows(stage([]), work, Progress(enabled=False))
+
+    found = answer(RuntimeError("CUDA error: no kernel image is available"))
+    assert found.kind == "machine"
+    assert found.words.startswith("the GPU does not answer: RuntimeError: CUDA error: no kernel image")
+    # Memory that others have now says nothing of the GPU; the run may fit.
+    assert [row["status"] for row in answer(torch.OutOfMemoryError("CUDA out of memory"))] == ["ok"]
+
+
+def test_runs_are_trained_alone_without_the_memory_of_their_group() -> None:
+    (stage,) = spec_preset({**SPEC, "grid": {}}).stages(False, None)
+    held: list[weakref.ref[set[int]]] = []
+
+    def trainer(group: Sequence[PlannedRun], **others: Any) -> list[Row]:
+        if len(group) > 1:
+            big = {1}
+            held.append(weakref.ref(big))
+            raise MemoryError
+        assert held[0]() is None
+        return rows_of(group, **others)
+
+    rows = train_group(stage([]), Work(trainer, "cpu", "torch"), Progress(enabled=False))
+    assert [row["error"] for row in rows] == [None] * 3
 
 
 def test_processes_that_cannot_begin_end_the_sweep(faults: tuple[Path, dict[str, Any], str]) -> None:
@@ -119,6 +228,38 @@ def test_a_full_disk_is_said_leaves_whole_rows_and_resumes(tmp_path: Path) -> No
     assert len(sweep("a", resume=True).rows) == len(keys_written(tmp_path / "a")) == 18
     sweep("b")
     assert parquet(tmp_path / "a") == parquet(tmp_path / "b")
+
+
+def test_a_disk_that_is_full_at_the_end_is_said_and_leaves_the_older_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sweep(**others: Any) -> SweepResult:
+        return run_sweep(spec_preset(SPEC), tmp_path, device="cpu", progress=False, trainer=rows_of, **others)
+
+    write, written = RunStore.write_environment, list[object]()
+
+    def full_at_the_end(self: RunStore, environment: Mapping[str, object]) -> None:
+        if environment["ended"] is not None:
+            raise OSError(28, "No space left on device")
+        written.append(environment)
+        write(self, environment)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunStore, "write_environment", full_at_the_end)
+        with pytest.raises(StoreError, match=r"environment\.json: No space left on device; all rows are safe"):
+            sweep()
+    assert len(sweep(resume=True).rows) == 18
+    before = write_report(tmp_path).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr("moesaic.bench.report.page", lambda title, parts: "a" * 2_000_001)  # no figure is so large
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))
+    try:
+        with pytest.raises(StoreError, match=rf"File too large; the rows are safe: .*moesaic report {tmp_path}"):
+            write_report(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "report.html").read_bytes() == before
+    assert list(tmp_path.glob(".report*")) == []
 
 
 def test_a_second_sweep_is_refused_while_the_first_one_writes(tmp_path: Path) -> None:

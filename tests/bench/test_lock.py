@@ -81,6 +81,43 @@ def test_a_forked_child_does_not_hold_the_lock_of_a_dead_driver(tmp_path: Path) 
         os.waitpid(child, 0)
 
 
+def test_what_was_made_for_nothing_is_removed(tmp_path: Path) -> None:
+    deep = tmp_path / "a" / "b"
+    with RunLock(deep) as lock:
+        lock.acquire()
+        with pytest.raises(InputError, match="another sweep"), RunLock(deep) as second:
+            second.acquire()
+        assert (deep / LOCK_FILE).exists()
+    assert list(tmp_path.iterdir()) == []
+    with RunLock(deep) as lock:
+        lock.acquire()
+        (tmp_path / "a" / "file").touch()
+    assert list((tmp_path / "a").iterdir()) == [tmp_path / "a" / "file"]
+    with RunLock(deep) as lock:
+        lock.acquire()
+        lock.keep()
+    with RunLock(deep) as lock:
+        lock.acquire()
+    assert (deep / LOCK_FILE).exists()
+
+
+def test_a_lock_file_that_its_maker_removed_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock, folder = fcntl.flock, tmp_path / "run"
+
+    def too_late(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        (folder / LOCK_FILE).unlink()
+        folder.rmdir()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", too_late)
+    with RunLock(folder) as lock:
+        lock.acquire()
+        with pytest.raises(InputError, match="another sweep"):
+            RunLock(folder).acquire()
+    assert not folder.exists()
+
+
 def test_a_file_system_without_locks_is_said_and_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

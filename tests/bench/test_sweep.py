@@ -11,6 +11,7 @@ import duckdb
 import pytest
 
 from moesaic.bench.engines import reason
+from moesaic.bench.lock import RunLock
 from moesaic.bench.plan import InputError, PlannedRun, Preset, Row, Stage
 from moesaic.bench.rates import calibrate_wall
 from moesaic.bench.spec import SweepSpec, load_spec, spec_preset
@@ -345,6 +346,17 @@ def test_an_unwritable_folder_is_refused_before_training(tmp_path: Path) -> None
         with pytest.raises(InputError, match=f"--out {out}: cannot be written: "):
             sweep(out, trainer)
     assert trainer.groups == []
+
+
+def test_a_second_sweep_times_nothing_and_starts_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr("moesaic.bench.rates.calibrate_wall", lambda *a, **b: begun.append("timings"))
+    monkeypatch.setattr("moesaic.bench.sweep.start_engine", lambda *a: begun.append("engine"))
+    with RunLock(tmp_path) as lock:
+        lock.acquire()
+        with pytest.raises(InputError, match="another sweep is writing there"):
+            sweep(tmp_path, spec=WALL)
+    assert begun == []
 
 
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
