@@ -76,8 +76,8 @@ def load_models(found: Sequence[Cell], run_dir: Path) -> dict[tuple[str, str], M
 _LOSSES = (
     "Loss curves",
     "Loss of the training batches, averaged over steps whose number grows with the step, of the first seed of the kept "
-    "models, at most six: the MoE of lowest held-out loss and the dense models that they are compared with. Samples "
-    "and importance differ between data sets, so levels compare within a panel only.",
+    "models, at most six: the MoE of lowest held-out loss and the dense models it is compared with. Samples and "
+    "importance differ between data sets, so levels compare within a panel only.",
 )
 _MAPS = (
     "Weights and interference",
