@@ -14,7 +14,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,6 +45,8 @@ T = TypeVar("T")
 
 SLOTS_INTERVAL_S = 5.0
 """Seconds between looks at how many tasks the cluster can run: nodes come and go."""
+STEPS_INTERVAL_S = 5.0
+"""Seconds between what a task tells of its steps, and between the driver's questions."""
 CONNECT_S = 5.0
 OUR_GPU = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 
@@ -123,6 +125,7 @@ class RayEngine:
         self.facts: Mapping[str, object] = {
             "name": "ray", "version": ray.__version__, "nodes": nodes, "resources": total, "gpus_per_task": self._gpus,
         }  # fmt: skip
+        self._board = ray.remote(num_cpus=0, max_restarts=RETRIES)(_Board).remote()
 
     def train(self, groups: Sequence[Group], work: Work, bar: Progress) -> Results:
         """The groups as they end, in no fixed order.
@@ -132,15 +135,18 @@ class RayEngine:
                 or meets a fault of the machine wherever it is tried.
         """
         ray, todo, pending, attempts = self._ray, deque(groups), dict[Any, Group](), Attempts("--engine ray")
-        task = self._task(_train, self._gpus)
+        task, steps = self._task(_train, self._gpus), _Steps(ray, self._board, bar)
+        told = self._board, STEPS_INTERVAL_S
         try:
             while todo or pending:
                 while todo and len(pending) < 2 * self._slots_now():
                     group = todo.popleft()
-                    pending[task.remote(__version__, self._threads, list(group), work)] = group
-                ready, _ = ray.wait(list(pending), num_returns=1, timeout=SLOTS_INTERVAL_S)
+                    pending[task.remote(__version__, self._threads, list(group), work, told)] = group
+                ready, _ = ray.wait(list(pending), num_returns=1, timeout=min(SLOTS_INTERVAL_S, STEPS_INTERVAL_S))
+                steps.look(pending.values())
                 for reference in ready:
                     group = pending.pop(reference)
+                    steps.ended(group)
                     again: list[Group] = []
                     try:
                         found = ray.get(reference)
@@ -227,7 +233,9 @@ _spent = False
 """Whether this process has met a `Fault` and is to be replaced."""
 
 
-def _train(version: str, threads: int, group: Group, work: Work) -> list[Row] | Fault:
+def _train(
+    version: str, threads: int, group: Group, work: Work, told: tuple[Any, float] | None = None
+) -> list[Row] | Fault:
     global _spent
     if _spent:
         os._exit(1)  # Ray runs the task again, in another process
@@ -243,7 +251,7 @@ def _train(version: str, threads: int, group: Group, work: Work) -> list[Row] | 
     except Exception as error:
         found: list[Row] | Fault = Fault("machine", reason(error))
     else:
-        found = sendable_rows(group, work, _Unwatched())
+        found = sendable_rows(group, work, _Reporter(group, *told) if told else _Unwatched())
     if isinstance(found, Fault):
         _spent = True
         found = replace(found, words=f"on {host}: {found.words}")
@@ -287,11 +295,84 @@ def _set_threads(count: int) -> None:
         numba.set_num_threads(min(count, environment.usable_cores()))
 
 
+class _Board:
+    """An actor on which tasks leave how far they are; nothing but the bar depends on it."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, tuple[int, float]] = {}
+
+    def tell(self, key: str, steps: int, loss: float) -> None:
+        self._told[key] = steps, loss
+
+    def read(self) -> dict[str, tuple[int, float]]:
+        told, self._told = self._told, {}
+        return told
+
+
+class _Reporter:
+    """Tells the board of the model-steps of a task so far, now and then."""
+
+    def __init__(self, group: Group, board: Any, interval_s: float) -> None:
+        self._key, self._board, self._interval_s = group[0].run.key, board, interval_s
+        self._steps, self._sent = 0, time.monotonic()
+
+    def advance(self, group: Group) -> Callable[[int, float], None]:
+        def on_progress(steps: int, loss: float) -> None:
+            self._steps += steps * len(group)
+            if time.monotonic() - self._sent >= self._interval_s:
+                self._sent = time.monotonic()
+                with contextlib.suppress(Exception):
+                    self._board.tell.remote(self._key, self._steps, loss)
+
+        return on_progress
+
+    def group_failed(self, *groups: Group) -> None:
+        self._steps = 0
+
+
 class _Unwatched:
-    """For tasks, which have no cheap way to tell the driver of their steps."""
+    """For a task that nobody asks."""
 
     def advance(self, group: Group) -> Callable[[int, float], None]:
         return lambda steps, loss: None
 
     def group_failed(self, *groups: Group) -> None:
         pass
+
+
+class _Steps:
+    """Brings what the board says into the driver's bar, without ever waiting for it."""
+
+    def __init__(self, ray: Any, board: Any, bar: Progress) -> None:
+        self._ray, self._board, self._bar = ray, board, bar
+        self._asked: Any = None
+        self._next = time.monotonic()
+        self._shown: dict[str, int] = {}
+
+    def look(self, pending: Iterable[Group]) -> None:
+        """Shows the last answer, where it has come, and asks again."""
+        if time.monotonic() < self._next:
+            return
+        with contextlib.suppress(Exception):
+            if self._asked is None:
+                self._asked = self._board.read.remote()
+            if not self._ray.wait([self._asked], timeout=0)[0]:
+                return
+            answer, self._asked = self._asked, None
+            self._next = time.monotonic() + STEPS_INTERVAL_S
+            told: dict[str, tuple[int, float]] = self._ray.get(answer)
+            for group in pending:
+                if group[0].run.key in told:
+                    self._show(group, *told[group[0].run.key])
+
+    def _show(self, group: Group, steps: int, loss: float) -> None:
+        key = group[0].run.key
+        if steps < self._shown.get(key, 0):  # Ray began it again
+            self.ended(group)
+        self._bar.add(group, steps - self._shown.get(key, 0), loss)
+        self._shown[key] = steps
+
+    def ended(self, group: Group) -> None:
+        """Takes back what was shown of a task."""
+        if self._shown.pop(group[0].run.key, None) is not None:
+            self._bar.group_failed(group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -65,16 +66,44 @@ def summary_line(rows: Sequence[Row], environment: Mapping[str, object]) -> str:
     if tuned:
         parts.append(f"{tuned} of them only to choose learning rates")
     parts.append(f"{len(rows) - ok} failed; {seconds:.0f} s of training and measuring")
-    gpus = environment.get("gpus")
-    where = (
-        gpus[0] if environment.get("device") == "cuda" and isinstance(gpus, list) and gpus else environment.get("cpu")
-    )
+    where = _machines(environment)
     text = ", ".join(parts) + (f" on {where}" if where else "") + "."
     if environment.get("started"):
         text += f" Started {str(environment['started'])[:19].replace('T', ' ')} UTC."
     if environment.get("quick"):
         text += " This is --quick: fewer points, seeds or steps than the full run has, too few for its conclusions."
     return text
+
+
+def _machines(environment: Mapping[str, object]) -> str:
+    """The GPU or processor of the driver, or of the nodes of the cluster that trained; "" where unknown."""
+    cuda, nodes = environment.get("device") == "cuda", _nodes(environment)
+
+    def processor(of: Mapping[str, object]) -> str:
+        gpus = of.get("gpus")
+        return str(gpus[0] if cuda and isinstance(gpus, list) and gpus else of.get("cpu") or "")
+
+    if not nodes:
+        return processor(environment)
+    kinds = Counter(processor(node) for node in nodes)
+    named = ", ".join(f"{kind} ({count})" if len(kinds) > 1 else kind for kind, count in kinds.items())
+    return f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}: {named}"
+
+
+def _nodes(environment: Mapping[str, object]) -> list[Mapping[str, object]]:
+    """What the Ray engine noted of each node."""
+    engine = environment.get("engine")
+    nodes = engine.get("nodes") if isinstance(engine, Mapping) else None
+    return [node for node in nodes if isinstance(node, Mapping)] if isinstance(nodes, list) else []
+
+
+def _alike(nodes: Sequence[Mapping[str, object]]) -> dict[str, object]:
+    """Nodes that differ in their name alone as one."""
+    hosts: dict[str, list[object]] = {}
+    for node in nodes:
+        rest = {name: value for name, value in node.items() if name != "host"}
+        hosts.setdefault(json.dumps(rest), []).append(node.get("host"))
+    return {str(n): {"hosts": names, **json.loads(rest)} for n, (rest, names) in enumerate(hosts.items(), 1)}
 
 
 def published_section(record: Mapping[str, Any]) -> str:
@@ -293,7 +322,11 @@ def environment_section(environment: Mapping[str, object]) -> str:
             f"<p>with this spec, {SPEC_FILE} of the folder:</p><pre>{escape(_spec(environment['spec']))}</pre>"
         )
     hidden = {"command", "argv", "spec"}
-    lines = _flat({key: value for key, value in environment.items() if key not in hidden})
+    shown = {key: value for key, value in environment.items() if key not in hidden}
+    engine, nodes = environment.get("engine"), _nodes(environment)
+    if isinstance(engine, Mapping) and nodes:
+        shown["engine"] = {**engine, "nodes": _alike(nodes)}
+    lines = _flat(shown)
     parts.append(f"<h2>Environment</h2>{table([Column('key', 'text'), Column('value', 'long')], lines)}")
     return "\n".join(parts)
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -119,6 +121,48 @@ def test_kept_models_come_back_from_the_nodes(tmp_path: Path) -> None:
         found.append({path.name: path.read_bytes() for path in (tmp_path / engine / "models").iterdir()})
     assert len(found[0]) == 2
     assert found[0] == found[1]
+
+
+def slow(group: Sequence[PlannedRun], *, device: str, impl: str, progress: Callable[[int, float], None]) -> list[Row]:
+    """Takes a second and a half for four steps."""
+    for _ in range(4):
+        time.sleep(0.375)
+        progress(1, 0.25)
+    return [{"run_key": item.run.key, "loss": 0.5} for item in group]
+
+
+def test_the_bar_moves_while_a_task_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine_ray, "STEPS_INTERVAL_S", 0.1)
+    monkeypatch.setattr("moesaic.bench.progress.LOG_INTERVAL_S", 0.01)
+    sweep(tmp_path, {"seeds": 2, "run": {"steps": 4}}, trainer=slow, progress=True)
+    lines = capfd.readouterr().err
+    assert re.search(r" (2|4|6)\.00/8\.00 .*loss 0\.25", lines)
+    assert " 8.00/8.00 " in lines
+    assert "loss 0.5" in lines
+
+
+def test_steps_of_a_task_that_ray_began_again_count_once() -> None:
+    class Bar:
+        n = 0
+
+        def add(self, group: Any, steps: int, loss: float) -> None:
+            self.n += steps
+
+        def group_failed(self, *groups: Any) -> None:
+            self.n = 0
+
+    bar: Any = Bar()
+    (group,) = [[item] for item in spec_preset({"run": {"steps": 9}}).stages(False, 1)[0]([])]
+    steps = engine_ray._Steps(ray, None, bar)
+    for told, shown in ((3, 3), (5, 5), (2, 2), (4, 4)):
+        steps._show(group, told, 0.5)
+        assert bar.n == shown
+    steps.ended(group)
+    assert bar.n == 0
+    steps.look([group])  # no actor: nothing is shown and nothing raised
+    assert bar.n == 0
 
 
 def test_a_run_that_always_ends_its_process_is_a_failed_row(
