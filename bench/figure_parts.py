@@ -134,6 +134,9 @@ class Labelled:
             self.covered += [(x0 ** (1 - t) * x1**t, y0 + (y1 - y0) * t) for t in (0.2, 0.4, 0.6, 0.8)]
 
 
+MAX_LABELS = 24
+"""Most labels of a panel; of a fuller one `MAX_RIM` points at the rim of the cloud are labelled."""
+MAX_RIM = 8
 _RADII = (6.0, 9.0, 14.0, 20.0, 28.0)
 _ANGLES = np.arange(16) * math.pi / 8
 _LINE_FROM = 12.0
@@ -158,7 +161,7 @@ def _place(panel: Labelled, pixels: float, size: float) -> None:
         return np.concatenate([centres - half * pixels, centres + half * pixels], axis=1)
 
     taken = np.concatenate([squares([(label.x, label.y) for label in panel.labels], 4), squares(panel.covered, 2)])
-    for label in sorted(panel.labels, key=lambda item: item.optional):
+    for label in sorted(_labelled(panel.labels), key=lambda item: item.optional):
         x, y = axes.transData.transform((label.x, label.y))
         width, height = _extent(axes, label.text, size)
         boxes, radii = _candidates(x, y, width, height, pixels, _RADII[: 2 if label.optional else None])
@@ -174,6 +177,20 @@ def _place(panel: Labelled, pixels: float, size: float) -> None:
             ha="left", va="bottom", fontsize=size, color=label.color, in_layout=False, zorder=5,
             arrowprops=line if radii[best] > _LINE_FROM else None,
         )  # fmt: skip
+
+
+def _labelled(labels: Sequence[Label]) -> Sequence[Label]:
+    """All of few labels; of many, some of the points than which none is further in both of two directions."""
+    if len(labels) <= MAX_LABELS:
+        return labels
+    corners = [(right, up) for right in (-1, 1) for up in (-1, 1)]
+    rim = [one for one in labels if any(not any(_beyond(o, one, *c) for o in labels) for c in corners)]
+    return rim if len(rim) <= MAX_RIM else [rim[i * len(rim) // MAX_RIM] for i in range(MAX_RIM)]
+
+
+def _beyond(other: Label, label: Label, right: int, up: int) -> bool:
+    x, y = right * (other.x - label.x), up * (other.y - label.y)
+    return x >= 0 and y >= 0 and (x > 0 or y > 0)
 
 
 def _candidates(

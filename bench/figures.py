@@ -195,8 +195,8 @@ _CATALOGUE = (
         "Loss and superposition against active compute",
         tradeoff,
         "Unexplained variance (top) and mean dimensionality of represented features (bottom) against active FLOPs. "
-        "Bars: "
-        "95 % t-intervals over seeds. A point is missing where a model represents no feature.",
+        "Bars: 95 % t-intervals over seeds. A point is missing where a model represents no feature. Of more than 24 "
+        "points in a panel, eight at the rim are labelled.",
     ),
     _Entry(
         "superposition",
@@ -210,7 +210,7 @@ _CATALOGUE = (
         pareto,
         "Filled markers are on the front: no other that was trained with equal settings has loss and active FLOPs as "
         "low and mean D_i as high. The number after the dot is active FLOPs per sample; the marker's area grows with "
-        "it.",
+        "it. Of more than 24 points in a panel, eight at the rim are labelled.",
     ),
     _Entry(
         "usage",

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 from moesaic.bench.analysis import Cell
-from moesaic.bench.figure_parts import MAX_DATASETS, few_architectures, few_datasets, left_out
+from moesaic.bench.figure_parts import (
+    MAX_DATASETS,
+    MAX_LABELS,
+    Label,
+    Labelled,
+    few_architectures,
+    few_datasets,
+    left_out,
+    place_labels,
+)
 from moesaic.bench.plan import Row
+from moesaic.bench.plot_style import panels
 
 
 def cell(name: str, loss: float = 0.5, dataset: str = "S", width: int = 8, flops: int = 100) -> Cell:
@@ -55,3 +67,15 @@ def test_architectures_are_ranked_within_each_data_set() -> None:
     assert {c.architecture for c in few_architectures(found, 2)} == {"MoE w", "MoE y"}
     unmeasured = [cell("MoE z", float("nan"), d) for d in losses]
     assert "MoE z" not in {c.architecture for c in few_architectures([*unmeasured, *found], 3)}
+
+
+def test_of_many_points_the_rim_is_labelled() -> None:
+    ring = [(1 + 0.9 * math.cos(a), 1 + 0.9 * math.sin(a)) for a in (0.1, 1.7, 3.3, 4.9)]
+    inside = [(1 + 0.001 * i, 1 - 0.001 * i) for i in range(MAX_LABELS)]
+    for points, expected in ((inside, range(MAX_LABELS)), (inside + ring, range(MAX_LABELS, MAX_LABELS + 4))):
+        figure, ((axes,),) = panels(1, 1)
+        axes.plot(*zip(*points, strict=True))
+        labels = [Label(x, y, f"{i}") for i, (x, y) in enumerate(points)]
+        place_labels(figure, [Labelled(axes, labels)])
+        shown = {text.get_text() for text in axes.texts}
+        assert shown == {str(i) for i in expected}
