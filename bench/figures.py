@@ -189,6 +189,8 @@ class _Entry:
     every: bool = False
 
 
+MAX_POINTS = 48
+"""Most architectures whose points a panel can tell apart."""
 _CATALOGUE = (
     _Entry(
         "tradeoff",
@@ -197,12 +199,14 @@ _CATALOGUE = (
         "Unexplained variance (top) and mean dimensionality of represented features (bottom) against active FLOPs. "
         "Bars: 95 % t-intervals over seeds. A point is missing where a model represents no feature. Of more than 24 "
         "points in a panel, eight at the rim are labelled.",
+        most=MAX_POINTS,
     ),
     _Entry(
         "superposition",
         "Superposition against network sparsity",
         superposition,
         "All models have the same total width; the dense one has k/E = 1. Bars: 95 % t-intervals over seeds.",
+        most=MAX_POINTS,
     ),
     _Entry(
         "pareto",
@@ -211,6 +215,7 @@ _CATALOGUE = (
         "Filled markers are on the front: no other that was trained with equal settings has loss and active FLOPs as "
         "low and mean D_i as high. The number after the dot is active FLOPs per sample; the marker's area grows with "
         "it. Of more than 24 points in a panel, eight at the rim are labelled.",
+        most=MAX_POINTS,
     ),
     _Entry(
         "usage",
