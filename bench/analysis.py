@@ -271,14 +271,19 @@ def comparisons(found: Sequence[Cell]) -> list[Comparison]:
     A partner must be `comparable`; that at equal active FLOPs is the nearest dense width within `FLOPS_TOLERANCE`.
     Where several are as wide, one without a gate of its own goes first. Without a partner there is no pair.
     """
-    dense_cells = sorted((c for c in found if not c.is_moe), key=lambda c: c.value("gate") == "sigmoid")
-    datasets = list(dict.fromkeys(c.dataset for c in found))
+    dense_cells: dict[str, list[Cell]] = {}
+    for cell in sorted((c for c in found if not c.is_moe), key=lambda c: c.value("gate") == "sigmoid"):
+        dense_cells.setdefault(cell.dataset, []).append(cell)
+    datasets = {name: place for place, name in enumerate(dict.fromkeys(c.dataset for c in found))}
+    pairs = [
+        (moe, [c for c in dense_cells.get(moe.dataset, ()) if comparable(moe, c)])
+        for moe in sorted((c for c in in_grid(found) if c.is_moe), key=lambda c: datasets[c.dataset])
+    ]
     return [
         Comparison(name, moe, dense, paired(moe, dense, LOSS), paired(moe, dense, DIMENSIONALITY))
         for name, partner in _PARTNERS.items()
-        for moe in sorted(in_grid(found), key=lambda c: datasets.index(c.dataset))
-        if moe.is_moe
-        if (dense := partner(moe, [c for c in dense_cells if comparable(moe, c)])) is not None
+        for moe, alike in pairs
+        if (dense := partner(moe, alike)) is not None
     ]
 
 
