@@ -178,6 +178,8 @@ def test_losses_without_a_logarithm_are_left_out_of_the_curves() -> None:
 
 def test_an_untrained_control_has_a_report(tmp_path: Path) -> None:
     run = {"n_features": 6, "n_hidden": 2, "batch_size": 8}
-    run_sweep(SweepSpec(run=run, grid={"steps": [0], "n_experts": [1, 3]}, seeds=[0]), tmp_path, progress=False)
+    run_sweep(
+        SweepSpec(run=run, grid={"steps": [0], "n_experts": [1, 3]}, seeds=[0]), tmp_path, impl="torch", progress=False
+    )
     assert "Weights and interference" in write_report(tmp_path).read_text(encoding="utf-8")
     assert not (tmp_path / "figures" / "losses.png").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.bench.spec_example import EXAMPLE
@@ -15,6 +15,7 @@ SCALARS = st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan
 VALUES = SCALARS | st.lists(SCALARS) | st.dictionaries(st.text(), SCALARS | st.lists(SCALARS))
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.dictionaries(st.text(), SCALARS | st.lists(SCALARS) | st.dictionaries(st.text(), VALUES)))
 def test_what_is_written_is_read_back(spec: dict[str, object]) -> None:
     assert tomllib.loads(spec_text(spec)) == spec
