@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,7 +13,7 @@ from moesaic.bench.engines import reason
 from moesaic.bench.lock import RunLock
 from moesaic.bench.plan import InputError, PlannedRun, Preset, Row, Stage
 from moesaic.bench.rates import calibrate_wall
-from moesaic.bench.spec import SweepSpec, load_spec, spec_preset
+from moesaic.bench.spec import SweepSpec, spec_preset
 from moesaic.bench.store import TIME_COLUMNS, RunStore
 from moesaic.bench.sweep import SweepResult, compile_cpu_trainer, compiled_alike, run_sweep
 from moesaic.moe.config import FeatureConfig, Run, ToyConfig, TrainConfig
@@ -105,19 +104,6 @@ def test_a_spec_of_python_is_swept_and_its_rows_are_a_table(tmp_path: Path) -> N
         (1, 2), (2, 2), (3, 2),
     ]  # fmt: skip
     assert (RunStore(tmp_path / "out").environment() or {})["spec"] == spec.mapping()
-
-
-def test_the_command_of_a_call_from_python_plans_the_same_runs(tmp_path: Path) -> None:
-    spec, out = SweepSpec(run={"steps": 4}, grid={"n_hidden": [1, 2]}, seeds=2), tmp_path / "the out"
-    run_sweep(spec, out, device="cpu", seeds=3, progress=False, trainer=Fake())
-    command = shlex.split(str((RunStore(out).environment() or {})["command"]))
-    assert command[:3] == ["moesaic", "sweep", str(out / "spec.toml")]
-    assert command[command.index("--seeds") + 1] == "3"
-    again = load_spec(Path(command[2])).stages(False, 3)[0]([])
-    assert [item.run.key for item in again] == [row["run_key"] for row in RunStore(out).rows()]
-    own = Preset("mine", "of a program", spec.preset().stages)
-    run_sweep(own, tmp_path / "own", device="cpu", progress=False, trainer=Fake())
-    assert (RunStore(tmp_path / "own").environment() or {})["command"] is None
 
 
 def test_every_planned_run_becomes_one_row_in_plan_order(tmp_path: Path) -> None:
